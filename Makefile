@@ -1,0 +1,59 @@
+# Every target does its own set-up; `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: help setup train test test-all test-gpu lint types contracts check bench fix clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found on PATH. Install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(READY) ## create .venv, install requirements.lock and the package
+
+train: setup ## train a NaViT on the demonstration set, or on SHARDS='...{000..099}.tar' VAL='...tar'
+	$(BIN)/navit train $(if $(SHARDS),pairs --shards '$(SHARDS)',demo) $(if $(VAL),--val '$(VAL)') $(ARGS)
+
+test: setup ## the fast tests (no GPU, no network)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: setup ## all tests, the slow ones too
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+contracts: setup
+	$(BIN)/lint-imports
+
+check: lint types contracts test ## lint, types, import contracts and the fast tests
+
+bench: setup ## paired benchmarks; tables on screen, JSON under benchmarks/results/
+	$(BIN)/python -m benchmarks $(ARGS)
+
+fix: setup ## format and apply the linter's safe fixes
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and generated data (not runs/)
+	rm -rf $(VENV) build data *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

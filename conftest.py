@@ -1,0 +1,27 @@
+"""Settings of every test: shape checks, hypothesis profiles."""
+
+import os
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+from hypothesis import HealthCheck, settings
+
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_CHECKS_ITSELF = ("packer.config", "packer.plan", "navit.model.config", "navit.train.config")
+
+
+def typecheck(function: Any) -> Any:
+    """Check types and shapes in tests (`--jaxtyping-packages`); an int is a fine float.
+
+    Configurations are left out: they check themselves, and tests see the error a user sees.
+    """
+    module = getattr(function, "__module__", None) or ""
+    return function if module.startswith(_CHECKS_ITSELF) else _check(function)
+
+
+
+settings.register_profile(
+    "dev", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
