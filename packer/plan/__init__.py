@@ -1,0 +1,1 @@
+"""Planning in integers: image sizes in, packed sequences out; no pixel is touched here."""
