@@ -1,0 +1,215 @@
+"""`PackedBatch`: the only type that crosses from the data side to the model side."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float32, Int32, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStats:
+    """Integer counts since the same stream's previous batch, so that sums over batches are exact."""
+
+    samples_read: int = 0
+    """Samples taken from the source: ``images + skipped`` plus the growth of the pending window."""
+    images: int = 0
+    """Images in this batch (N)."""
+    tokens: int = 0
+    """Kept tokens in this batch."""
+    tokens_before_drop: int = 0
+    """Tokens the same images had before token dropping."""
+    places: int = 0
+    """Token places of the batch, B * L; ``places - tokens`` is padding."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Skipped samples by cause."""
+    noted: Mapping[str, int] = field(default_factory=dict)
+    """Samples kept in spite of a defect, by cause (a caption decoded with replacement, ...)."""
+
+    @property
+    def padding(self) -> float:
+        """Share of token places that hold no token, in [0, 1]."""
+        return 1 - self.tokens / self.places if self.places else 0.0
+
+    def __add__(self, other: "BatchStats") -> "BatchStats":
+        """Sum two counts, cause by cause."""
+        total: dict[str, Any] = {}
+        for item in fields(self):
+            a, b = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(a, Mapping):
+                total[item.name] = {
+                    cause: a.get(cause, 0) + b.get(cause, 0) for cause in {**a, **b}
+                }
+            else:
+                total[item.name] = a + b
+        return BatchStats(**total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedText:
+    """Captions as one run of tokens, without padding.
+
+    Axes: T tokens of all captions together, M captions.
+    """
+
+    ids: Int64[Tensor, " T"]
+    """Token ids; every caption ends with the end token."""
+    cu_seqlens: Int32[Tensor, " M_plus_1"]
+    """Caption boundaries over the T tokens, from 0 to T."""
+    segment_lengths: tuple[int, ...]
+    """Length of each caption in tokens, on the host."""
+    image_index: Int64[Tensor, " M"]
+    """Which of the batch's N images the caption belongs to."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedText":
+        """Copy the tensors to a device."""
+        return _map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedText":
+        """Copy the tensors to page-locked memory."""
+        return _map_tensors(self, lambda t: t.pin_memory())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Images packed into fixed-length sequences; the only type `packer` hands to `navit`.
+
+    Axes: B sequences, L tokens per sequence, P values per patch, S segments (one per image, one
+    per padded tail), E image slots per sequence (the paper's E_max), N images, C classes. N = 0 is
+    legal. Keys, captions, labels and pooled vectors share one order: the input's from a collator,
+    that of placement from a stream or dataset.
+    """
+
+    patches: UInt8[Tensor, "B L P"]
+    """Pixel values of the kept patches, (patch row, patch column, channel) order; 0 in padding."""
+    patch_size: int
+    """Side of a patch in pixels; with `patch_sizes`, the largest."""
+    segment_ids: Int32[Tensor, "B L"]
+    """k >= 1 for the k-th image of its sequence, 0 for padding."""
+    position_ids: Int32[Tensor, "B L 2"]
+    """(row, col) in the image's full grid, unchanged by dropping; 0 in padding."""
+    grid_sizes: Int32[Tensor, "B E 2"]
+    """(rows, cols) of each image before dropping, in patches; 0 in an empty slot."""
+    image_index: Int64[Tensor, "B E"]
+    """Which of the N images fills the slot; -1 in an empty slot."""
+    cu_seqlens: Int32[Tensor, " S_plus_1"]
+    """Segment boundaries over the flattened B * L tokens, from 0 to B * L."""
+    segment_lengths: tuple[int, ...]
+    """Length of each of the S segments, always on the host: attention plans read only this."""
+    keys: tuple[str, ...]
+    """Key of each of the N images."""
+    segment_images: tuple[int, ...] = ()
+    """Which of the N images each of the S segments is, -1 for a padded tail; always on the host.
+    Derived from `segment_ids` and `image_index` where it is not given."""
+    patch_sizes: Int32[Tensor, "B E"] | None = None
+    """Side of each image's patches in pixels, or None when all are `patch_size`."""
+    texts: tuple[str, ...] | None = None
+    """Caption of each image, or None."""
+    captions: PackedText | None = None
+    """The captions as tokens, or None without a tokenizer."""
+    labels: Int64[Tensor, " N"] | Float32[Tensor, "N C"] | None = None
+    """Class index, or multi-label targets, of each image."""
+    stats: BatchStats = field(default_factory=BatchStats)
+    """Counts since this stream's previous batch."""
+    state: Mapping[str, Any] | None = None
+    """State of the stream after this batch; None from a collator."""
+
+    def __post_init__(self) -> None:
+        if len(self.segment_images) != len(self.segment_lengths):
+            starts = [0, *accumulate(self.segment_lengths)][:-1]
+            ids, index = self.segment_ids.flatten().tolist(), self.image_index.tolist()
+            images = (
+                index[start // self.seq_len][ids[start] - 1] if ids[start] else -1
+                for start in starts
+            )
+            object.__setattr__(self, "segment_images", tuple(images))
+
+    @property
+    def num_images(self) -> int:
+        """N, the number of images in the batch."""
+        return len(self.keys)
+
+    @property
+    def seq_len(self) -> int:
+        """L, the number of token places per sequence."""
+        return self.segment_ids.shape[1]
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest segment, in tokens; 0 without segments."""
+        return max(self.segment_lengths, default=0)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
+        """Copy the tensors to a device; host-side fields stay where they are."""
+        return _map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """Copy the tensors to page-locked memory (called by `DataLoader(pin_memory=True)`)."""
+        return _map_tensors(self, lambda t: t.pin_memory())
+
+    def check(self) -> None:
+        """Verify every invariant stated above; `AssertionError` names the one that is broken."""
+        lengths = torch.tensor(self.segment_lengths, dtype=torch.int64)
+        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        places, num_images = self.segment_ids.numel(), self.num_images
+        assert torch.equal(self.cu_seqlens.cpu().long(), bounds), (
+            "cu_seqlens disagrees with segment_lengths"
+        )
+        assert int(bounds[-1]) == places, "segments must cover all B * L tokens"
+        assert bool((lengths > 0).all()), "a segment must hold at least one token"
+        ids = self.segment_ids.cpu()
+        starts = torch.zeros_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        if ids.numel():
+            starts[:, 0] = True
+        assert torch.equal(starts.flatten().nonzero()[:, 0], bounds[:-1]), (
+            "segment_ids disagree with cu_seqlens"
+        )
+        padding = ids == 0
+        assert not self.patches.cpu()[padding].any(), "patches must be 0 in padding"
+        assert not self.position_ids.cpu()[padding].any(), "position_ids must be 0 in padding"
+        index = self.image_index.cpu()
+        filled = index >= 0
+        assert sorted(index[filled].tolist()) == list(range(num_images)), (
+            "each image must fill one slot"
+        )
+        slots = torch.arange(1, index.shape[1] + 1)
+        images = [
+            index[i // self.seq_len, ids.flatten()[i] - 1] if ids.flatten()[i] else -1
+            for i in bounds[:-1]
+        ]
+        assert list(self.segment_images) == images, "segment_images disagrees with image_index"
+        present = (ids[:, :, None] == slots).any(1)
+        assert torch.equal(present, filled), "segment_ids and image_index name different slots"
+        assert torch.equal((self.grid_sizes.cpu() > 0).all(-1), filled), (
+            "grid_sizes must be set in filled slots alone"
+        )
+        slot = (ids.long() - 1).clamp(min=0)[..., None].expand(-1, -1, 2)
+        if index.shape[1]:
+            grids = self.grid_sizes.cpu().gather(1, slot)
+            inside = (self.position_ids.cpu() < grids).all(-1) & (self.position_ids.cpu() >= 0).all(
+                -1
+            )
+            assert bool((inside | padding).all()), "a position lies outside its image's grid"
+        for name in ("texts", "labels"):
+            value = getattr(self, name)
+            assert value is None or len(value) == num_images, (
+                f"{name} must have one entry per image"
+            )
+
+
+T = TypeVar("T", "PackedBatch", "PackedText")
+
+
+def _map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    changes: dict[str, Any] = {}
+    for item in fields(value):
+        part = getattr(value, item.name)
+        if isinstance(part, Tensor):
+            changes[item.name] = function(part)
+        elif isinstance(part, PackedText):
+            changes[item.name] = _map_tensors(part, function)
+    return replace(value, **changes)
