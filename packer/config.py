@@ -37,7 +37,7 @@ class PackerConfig:
     placement: Placement = field(default_factory=Placement)
     """Strategy that places images into sequences."""
     decode: DecodeMode = "reduced"
-    """"reduced": JPEG scaled decoding while both sides stay at least twice the target; or "full"."""
+    """"reduced": JPEG scaled decoding while both sides stay at least twice the target; "full"."""
     max_text_tokens: int = 24
     """Caption tokens kept, the end token included."""
     max_pixels: int = 178_000_000
@@ -67,8 +67,8 @@ class PackerConfig:
                 _check_positive(name, getattr(self, name))
         if self.max_tokens is not None and self.max_tokens > self.seq_len:
             raise ValueError(
-                f"max_tokens must be at most seq_len ({self.seq_len}), else an image fits no sequence; "
-                f"got {self.max_tokens}. Lower max_tokens or raise seq_len."
+                f"max_tokens must be at most seq_len ({self.seq_len}), else an image fits no "
+                f"sequence; got {self.max_tokens}. Lower max_tokens or raise seq_len."
             )
         if self.max_aspect_ratio is not None and not self.max_aspect_ratio >= 1:
             raise ValueError(f"max_aspect_ratio must be at least 1; got {self.max_aspect_ratio}.")
@@ -84,7 +84,7 @@ class PackerConfig:
 
     @property
     def image_budget(self) -> int:
-        """Token budget of one image before dropping: `max_tokens`, or `seq_len` where it is None."""
+        """Token budget of an image before dropping: `max_tokens`, or `seq_len` where it is None."""
         return self.seq_len if self.max_tokens is None else self.max_tokens
 
 

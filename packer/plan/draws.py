@@ -1,4 +1,4 @@
-"""Keyed randomness: every draw about an image comes from (seed, epoch, sample key) and nothing else.
+"""Keyed randomness: every draw about an image comes from (seed, epoch, sample key) alone.
 
 The same image therefore gets the same resolution, crop, drop rate, kept tokens, augmentation and
 caption whatever worker, rank or batch it arrives in.

@@ -51,8 +51,8 @@ class BetaDrop:
     def __post_init__(self) -> None:
         if not 0 < self.mean < self.maximum < 1:
             raise ValueError(
-                f"BetaDrop: need 0 < mean < maximum < 1; got mean={self.mean}, maximum={self.maximum}. "
-                "Both are shares of tokens dropped."
+                f"BetaDrop: need 0 < mean < maximum < 1; got mean={self.mean}, "
+                f"maximum={self.maximum}. Both are shares of tokens dropped."
             )
 
     def rate(self, num_tokens: int, draw: int) -> float:

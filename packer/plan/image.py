@@ -1,8 +1,8 @@
 """Size and key of one image -> its `ImagePlan`: every decision about it, before any pixel."""
 
 from packer.config import PackerConfig
-from packer.plan.drop import num_kept_tokens
 from packer.plan.draws import keyed_draws
+from packer.plan.drop import num_kept_tokens
 from packer.plan.resize import budget_from_side, plan_resize
 from packer.plan.types import ImagePlan, ImageSize
 

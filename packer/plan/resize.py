@@ -105,7 +105,7 @@ class RandomCrop:
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1:
             raise ValueError(
-                f"RandomCrop: min_area must be in (0, 1]; got {self.min_area}. Use NoCrop() for none."
+                f"RandomCrop: min_area must be in (0, 1]; got {self.min_area}. NoCrop() crops nothing."
             )
         if not self.max_aspect_change >= 1:
             raise ValueError(
@@ -161,7 +161,8 @@ def plan_resize(
     height, width = size
     if height < 1 or width < 1 or patch_size < 1 or max_tokens < 1:
         raise ValueError(
-            f"size, patch_size and max_tokens must be positive; got {size}, {patch_size}, {max_tokens}."
+            f"size, patch_size and max_tokens must be positive; got {size}, {patch_size}, "
+            f"{max_tokens}."
         )
     rows, cols = max(height // patch_size, 1), max(width // patch_size, 1)
     if rows * cols > max_tokens or policy == "allow_enlarge":  # integers: no float rounding
