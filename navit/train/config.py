@@ -1,0 +1,126 @@
+"""`TrainConfig`: one run, and the named runs as functions."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
+from navit.train.optim import OptimConfig
+from packer.config import PackerConfig
+from packer.plan.drop import BetaDrop
+from packer.plan.resize import RandomCrop, UniformSide
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a contrastive training run."""
+
+    shards: tuple[str, ...] = ()
+    """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing."""
+    val: tuple[str, ...] = ()
+    """Validation shards; empty with `shards`: no evaluation."""
+    run: Path | None = None
+    """Run folder; None numbers a new one below runs/."""
+    resume: bool = False
+    """Continue from the newest checkpoint of `run` (None: of the newest run)."""
+    packer: PackerConfig = field(default_factory=PackerConfig)
+    """What is done to every image."""
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    """Both towers; patch size, text length and vocabulary follow `packer` and the tokenizer."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    sequences_per_batch: int = 16
+    """B: sequences of `packer.seq_len` tokens a step."""
+    workers: int = 1
+    """DataLoader workers; 0 loads in the training process."""
+    shuffle_window: int = 1024
+    """Samples among which a stream draws its next one."""
+    flip: float = 0.0
+    """Probability of a horizontal flip; 0 where captions speak of left and right."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    loss_chunk: int = 512
+    """Side of a tile of the contrastive loss."""
+    ema_decay: float = 0.995
+    """Decay of the averaged weights that are evaluated and exported; 0 turns averaging off."""
+    precision: Precision = "auto"
+    """Autocast: "auto" is bf16 on CUDA and on CPUs with bf16 instructions."""
+    device: str = "auto"
+    """"auto" is CUDA where there is one."""
+    tokenizer: Path | None = None
+    """A tokenizer.json; None trains a byte-level BPE on the captions."""
+    vocab_size: int = 8192
+    """Largest vocabulary of a trained tokenizer."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end alone."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    max_bad_losses: int = 10
+    """Steps in a row with a loss that is not finite after which the run ends."""
+    seed: int = 0
+    """Seed of the weights; the data's is `packer.seed`."""
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "sequences_per_batch", "shuffle_window", "loss_chunk", "vocab_size")
+        for name in (*positive, "checkpoint_every", "keep_checkpoints", "max_bad_losses"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("workers", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        for name in ("flip", "color_jitter", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32'; got {self.precision!r}.")
+        if self.val and not self.shards:
+            raise ValueError(
+                "val needs shards: the demonstration set brings its own validation shard. Give "
+                "--shards too."
+            )
+
+
+def small_clip(*, width: int, depth: int, num_heads: int, text_depth: int) -> CLIPConfig:
+    """Return two small towers of one width that meet in a space of that width."""
+    mlp_dim = 4 * width
+    return CLIPConfig(
+        vision=NaViTConfig(width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim),
+        text=TextConfig(width=width, depth=text_depth, num_heads=num_heads, mlp_dim=mlp_dim),
+        embed_dim=width,
+    )
+
+
+def demo() -> TrainConfig:
+    """Train on the demonstration set: about 4 minutes on 2 CPU cores."""
+    return TrainConfig(
+        packer=PackerConfig(patch_size=8, seq_len=512, max_tokens=128),
+        model=small_clip(width=128, depth=4, num_heads=4, text_depth=2),
+        steps=600,
+    )
+
+
+def pairs() -> TrainConfig:
+    """Train on a few thousand web-like pairs: about 15 minutes on 2 CPU cores."""
+    return TrainConfig(
+        packer=PackerConfig(
+            patch_size=8,
+            seq_len=512,
+            max_tokens=100,
+            resolution=UniformSide(40, 80),
+            crop=RandomCrop(0.4, 1.3),
+            token_drop=BetaDrop(0.3, 0.6),
+        ),
+        model=small_clip(width=160, depth=4, num_heads=5, text_depth=2),
+        steps=2000,
+        flip=0.5,
+        color_jitter=0.2,
+    )
+
+
+PRESETS = {"demo": demo, "pairs": pairs}

@@ -1,0 +1,302 @@
+"""The training loop: packed batches in, a trained CLIP and its run folder out."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from navit.evaluate.encode import read_metadata
+from navit.evaluate.run import Evaluation, evaluate_clip
+from navit.loss import contrastive_loss
+from navit.model import CLIP
+from navit.serialize import to_plain
+from navit.train.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from navit.train.config import TrainConfig
+from navit.train.ema import Ema
+from navit.train.metrics import MetricsLog, Throughput
+from navit.train.optim import build_optimizers, learning_rate_factor
+from navit.train.setup import (
+    complete,
+    make_loader,
+    resolve_autocast,
+    resolve_device,
+    resolve_shards,
+    resolve_tokenizer,
+)
+from packer.batch import BatchStats, PackedBatch
+from packer.report import draw_batch
+from packer.stream import LoaderState
+
+LOG_EVERY = 10
+"""Steps between readings of the rates; the loss of every step is written."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with."""
+
+    run: Path
+    """The run folder."""
+    step: int
+    """Optimizer steps done; fewer than asked for after SIGTERM."""
+    checkpoint: Path
+    """The last checkpoint."""
+    evaluation: Evaluation | None
+    """The final evaluation; None without validation shards or after SIGTERM."""
+    stats: BatchStats
+    """Counts of images, tokens and skipped samples over the whole run."""
+    tokens_per_second: float
+    """Kept tokens per second over this process's steps, evaluation left out."""
+    images_per_second: float
+    """Images per second over the same steps."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss was NaN or infinite too many steps in a row."""
+
+
+class Trainer:
+    """One run: everything that has state, and the loop over it."""
+
+    def __init__(self, config: TrainConfig, run: Path) -> None:
+        self.run = run
+        self.train_shards, self.val_shards = resolve_shards(config)
+        self.device = resolve_device(config)
+        self.autocast_dtype = resolve_autocast(config, self.device)
+        self.tokenizer = resolve_tokenizer(config, run, self.train_shards)
+        self.config = config = complete(config, self.tokenizer)
+        torch.manual_seed(config.seed)
+        self.model = CLIP(config.model).to(self.device)
+        self.optimizers = build_optimizers(self.model, config.optim)
+        self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
+        self.loader_state = LoaderState()
+        self.stats = BatchStats()
+        self.step = 0
+        self.bad_losses_in_row = 0
+        self.bad_losses = 0
+        self.last_loss = float("nan")
+        if config.resume:
+            self._restore(find_checkpoint(run))
+
+    def describe(self) -> str:
+        """Say in one line what is trained, on what and where."""
+        precision = "float32" if self.autocast_dtype is None else "bf16 autocast"
+        return (
+            f"{len(self.train_shards)} shards, {sum(p.numel() for p in self.model.parameters()):,} "
+            f"parameters, {self.device}, {precision}, steps {self.step} to {self.config.steps}"
+        )
+
+    def train(self, *, progress: bool = True) -> TrainResult:
+        """Run all remaining steps, then evaluate; SIGTERM checkpoints and returns early."""
+        config = self.config
+        (self.run / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
+        loader = make_loader(
+            config, self.train_shards, self.tokenizer, self.device, self.loader_state
+        )
+        evaluation: Evaluation | None = None
+        checkpoint: Path | None = None
+        timed = Throughput()
+        seconds = 0.0
+        with (
+            MetricsLog(self.run, start_step=self.step) as log,
+            _stop_requested() as stopping,
+            tqdm(
+                total=config.steps, initial=self.step, unit="step", disable=not progress
+            ) as self.bar,
+        ):
+            batches = iter(loader)
+            first = self.stats
+            while self.step < config.steps and not stopping():
+                start = perf_counter()
+                batch = next(batches)
+                waited = perf_counter() - start
+                if not (self.run / "packing.png").exists():
+                    draw_batch(batch, self.run / "packing.png")
+                self._step(batch, log)
+                timed.add(batch.stats, waited)
+                seconds += perf_counter() - start
+                if self.step % LOG_EVERY == 0 or self.step == config.steps:
+                    rates = timed.read()
+                    log.write("rates", self.step, rates)
+                    self._show(rates)
+                if config.eval_every and self.step % config.eval_every == 0:
+                    evaluation = self.evaluate(log)
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    checkpoint = self.save()
+            if checkpoint is None or self.step % config.checkpoint_every:
+                checkpoint = self.save()
+            finished = self.step >= config.steps
+            if finished and not (config.eval_every and self.step % config.eval_every == 0):
+                evaluation = self.evaluate(log)
+        return TrainResult(
+            run=self.run,
+            step=self.step,
+            checkpoint=checkpoint,
+            evaluation=evaluation if finished else None,
+            stats=self.stats,
+            tokens_per_second=(self.stats.tokens - first.tokens) / max(seconds, 1e-9),
+            images_per_second=(self.stats.images - first.images) / max(seconds, 1e-9),
+        )
+
+    def evaluate(self, log: MetricsLog) -> Evaluation | None:
+        """Evaluate the averaged weights on the validation shards, if there are any."""
+        if not self.val_shards:
+            return None
+        with self.ema.swap(self.model) if self.ema else nullcontext():
+            found = evaluate_clip(
+                self.model,
+                self.tokenizer,
+                self.val_shards,
+                self.config.packer,
+                sequences_per_batch=self.config.sequences_per_batch,
+                device=self.device,
+                autocast_dtype=self.autocast_dtype,
+                train_metadata=read_metadata(self.train_shards),
+                progress=False,
+            )
+        log.write("eval", self.step, found.metrics)
+        return found
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything a resumed run needs."""
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizers.tensors()}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.tensors()
+        state = {
+            "step": self.step,
+            "config": to_plain(self.config),
+            "loader": self.loader_state.to_dict(),
+            "stats": asdict(self.stats),
+            "bad_losses": self.bad_losses,
+            "rng": rng_state(),
+            "tokenizer": self.tokenizer.hash,
+        }
+        return save_checkpoint(
+            self.run / "checkpoints",
+            self.step,
+            Checkpoint(
+                tensors, state, {"tokenizer.json": (self.run / "tokenizer.json").read_text()}
+            ),
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _restore(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path)
+        state = checkpoint.state
+        if state["tokenizer"] != self.tokenizer.hash:
+            raise ValueError(
+                f"{path} was trained with another tokenizer (hash {state['tokenizer']}); got "
+                f"{self.tokenizer.hash}. Restore tokenizer.json of the run folder."
+            )
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        self.optimizers.load_tensors(checkpoint.tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.load_tensors(checkpoint.tensors["ema"])
+        self.loader_state = LoaderState.from_dict(state["loader"])
+        self.stats = BatchStats(**state["stats"])
+        self.step, self.bad_losses = state["step"], state["bad_losses"]
+        set_rng_state(state["rng"])
+
+    def _step(self, batch: PackedBatch, log: MetricsLog) -> None:
+        """Take one optimizer step; a batch without images or with a bad loss takes none."""
+        factor = learning_rate_factor(self.step, self.config.optim, self.config.steps)
+        self.loader_state.update(batch)
+        self.stats = self.stats + batch.stats
+        self.step += 1
+        self.bar.update()
+        if not batch.num_images:
+            return
+        loss = self._loss(batch)
+        value = loss.item()
+        if not isfinite(value):
+            self._count_bad_loss(value, batch, log)
+            return
+        self.bad_losses_in_row = 0
+        self.optimizers.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizers.set_lr(factor)
+        norm = self.optimizers.step()  # itself skips a step whose gradients are not finite
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.last_loss = value
+        log.write(
+            "train",
+            self.step,
+            {
+                "loss": value,
+                "lr": factor * self.config.optim.learning_rate,
+                "gradient_norm": float(norm),
+                "images": batch.num_images,
+                "logit_scale": float(self.model.logit_scale.detach()),
+            },
+        )
+
+    def _loss(self, batch: PackedBatch) -> torch.Tensor:
+        batch = batch.to(self.device, non_blocking=True)
+        with torch.autocast(
+            self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        ):
+            output = self.model(batch)
+        return contrastive_loss(
+            output.image,
+            output.text,
+            output.logit_scale,
+            chunk_size=self.config.loss_chunk,
+            text_ids=_text_ids(batch).to(self.device, non_blocking=True),
+        )
+
+    def _count_bad_loss(self, value: float, batch: PackedBatch, log: MetricsLog) -> None:
+        self.bad_losses += 1
+        self.bad_losses_in_row += 1
+        log.write("bad_loss", self.step, {"loss": str(value), "keys": list(batch.keys)})
+        if self.bad_losses_in_row >= self.config.max_bad_losses:
+            raise NonFiniteLoss(
+                f"the loss must be finite; it was {value} {self.bad_losses_in_row} steps in a row. "
+                f"The keys of these batches are in {log.path}. Lower the learning rate, or look at "
+                "those samples."
+            )
+
+    def _show(self, rates: dict[str, float]) -> None:
+        self.bar.set_postfix_str(
+            f"loss {self.last_loss:.3f}, {rates['images_per_second']:.0f} images/s, "
+            f"{rates['tokens_per_second']:.0f} kept tokens/s, padding {rates['padding']:.3%}, "
+            f"waiting {rates['data_wait']:.0%}"
+        )
+
+
+def _text_ids(batch: PackedBatch) -> torch.Tensor:
+    """Number the captions of a batch so that equal captions share a number: int64 (N,)."""
+    numbers: dict[str, int] = {}
+    texts = batch.texts or ()
+    return torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts])
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Any]:
+    """Turn SIGTERM into a request that the loop reads between steps."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

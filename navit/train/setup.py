@@ -1,0 +1,155 @@
+"""What a run needs before its first step: folder, device, precision, tokenizer, data."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from navit.train.config import TrainConfig
+from packer.batch import PackedBatch
+from packer.captions import CaptionTokenizer
+from packer.demo import ensure_demo
+from packer.errors import SkipSample
+from packer.pack import Transform
+from packer.shards import expand_shards, iter_shard, sample_from_raw
+from packer.stream import LoaderState, PackedStream
+from packer.transforms import ColorJitter, Compose, RandomFlip
+
+DEMO_FOLDER = Path("data/demo")
+RUNS_FOLDER = Path("runs")
+TOKENIZER_CAPTIONS = 100_000
+"""Captions a tokenizer is trained on: the first ones in shard order (DESIGN decision 15)."""
+
+
+def resolve_run(config: TrainConfig, name: str) -> Path:
+    """Return the run folder: the one named, the newest one to resume, or a new numbered one.
+
+    Raises:
+        ValueError: If the folder already holds a run and it is not to be resumed.
+        FileNotFoundError: If there is no run to resume.
+    """
+    numbered = sorted(
+        path for path in RUNS_FOLDER.glob(f"{name}-*") if re.fullmatch(r".*-\d{3,}", path.name)
+    )
+    if config.resume:
+        if config.run is not None:
+            return config.run
+        if not numbered:
+            raise FileNotFoundError(
+                f"there is no {name} run below {RUNS_FOLDER}/ to resume. Name one with --run, or "
+                "start without --resume."
+            )
+        return numbered[-1]
+    if config.run is None:
+        last = int(numbered[-1].name.rsplit("-", 1)[1]) if numbered else 0
+        return RUNS_FOLDER / f"{name}-{last + 1:03d}"
+    if (config.run / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{config.run} already holds a run. Continue it with --resume, or name another folder."
+        )
+    return config.run
+
+
+def resolve_shards(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Return training and validation shards, making the demonstration set if none are named.
+
+    Raises:
+        FileNotFoundError: If a named shard does not exist.
+    """
+    if config.shards:
+        return expand_shards(config.shards), expand_shards(config.val) if config.val else []
+    paths = ensure_demo(DEMO_FOLDER)
+    return [str(path) for path in paths.train], [str(path) for path in paths.val]
+
+
+def resolve_device(config: TrainConfig) -> torch.device:
+    """Return the device named, or CUDA where there is one."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_autocast(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return bf16 where it is asked for, or where the device has instructions for it."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bf16" else None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    # Without bf16 instructions the CPU emulates them, slower than float32.
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
+def resolve_tokenizer(config: TrainConfig, run: Path, shards: Sequence[str]) -> CaptionTokenizer:
+    """Return the run's tokenizer, training and storing it on the first start."""
+    stored = run / "tokenizer.json"
+    if config.resume and stored.exists():
+        return CaptionTokenizer.from_file(stored)
+    if config.tokenizer is not None:
+        tokenizer = CaptionTokenizer.from_file(config.tokenizer)
+    else:
+        captions = itertools.islice(_captions(config, shards), TOKENIZER_CAPTIONS)
+        tokenizer = CaptionTokenizer.train(captions, config.vocab_size)
+    run.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(stored)
+    return tokenizer
+
+
+def complete(config: TrainConfig, tokenizer: CaptionTokenizer) -> TrainConfig:
+    """Fill in what follows from the data: patch size, text length and vocabulary of the towers."""
+    vision = replace(config.model.vision, patch_size=config.packer.patch_size)
+    text = replace(
+        config.model.text,
+        vocab_size=tokenizer.vocab_size,
+        max_tokens=config.packer.max_text_tokens,
+    )
+    return replace(config, model=replace(config.model, vision=vision, text=text))
+
+
+def make_loader(
+    config: TrainConfig,
+    shards: Sequence[str],
+    tokenizer: CaptionTokenizer,
+    device: torch.device,
+    state: LoaderState | None,
+) -> DataLoader[PackedBatch]:
+    """Return the endless loader of training batches, continued after ``state``."""
+    stream = PackedStream(
+        shards,
+        config.packer,
+        sequences_per_batch=config.sequences_per_batch,
+        tokenizer=tokenizer,
+        transform=_transform(config),
+        shuffle_window=config.shuffle_window,
+        state=state,
+    )
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if config.workers else None,
+    )
+
+
+def _transform(config: TrainConfig) -> Transform | None:
+    steps: list[Transform] = []
+    if config.flip:
+        steps.append(RandomFlip(config.flip))
+    if config.color_jitter:
+        amount = config.color_jitter
+        steps.append(ColorJitter(amount, amount, amount))
+    return Compose(steps) if steps else None
+
+
+def _captions(config: TrainConfig, shards: Sequence[str]) -> Iterator[str]:
+    for path in shards:
+        for raw in iter_shard(path, on_problem=lambda cause, detail: None):
+            try:
+                sample = sample_from_raw(raw, config=config.packer, need="caption")
+            except SkipSample:
+                continue  # counted when the training stream meets it
+            yield sample["caption"]

@@ -1,0 +1,105 @@
+"""What is printed and drawn when a run ends."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from navit.evaluate.run import Evaluation
+from navit.train.loop import TrainResult
+from navit.train.pictures import draw_loss, draw_retrieval
+from packer.batch import BatchStats
+from packer.decode import decode_rgb, read_size
+from packer.shards import IMAGE_EXTENSIONS, iter_shard
+
+MAX_GALLERY = 1000
+"""Validation pairs that retrieval.png draws from, the first ones; all their images are decoded."""
+
+
+def draw_results(result: TrainResult, val_shards: Sequence[str]) -> list[Path]:
+    """Draw loss.png and retrieval.png of a finished run; return all its pictures."""
+    run = result.run
+    draw_loss(run / "metrics.jsonl", run / "loss.png")
+    if result.evaluation is not None:
+        draw_nearest(result.evaluation, val_shards, run / "retrieval.png")
+    names = ("loss.png", "packing.png", "retrieval.png")
+    return [run / name for name in names if (run / name).exists()]
+
+
+def draw_nearest(evaluation: Evaluation, shards: Sequence[str], path: Path) -> None:
+    """Draw captions, spread over the validation pairs, with the images nearest to them."""
+    pairs, count = evaluation.pairs, min(MAX_GALLERY, len(evaluation.pairs.keys))
+    pixels = _read_images(set(pairs.keys[:count]), shards)
+    similarity = pairs.text[:count] @ pairs.image[:count].T
+    images = [pixels[key] for key in pairs.keys[:count]]
+    draw_retrieval(images, pairs.texts[:count], similarity, path)
+
+
+def format_metrics(metrics: Mapping[str, float], *, num_pairs: int) -> str:
+    """Lay out evaluation metrics as a table, shares in percent."""
+    title = f"retrieval over {num_pairs:,} pairs"
+    lines = [f"{title:<34}{'R@1':>8}{'R@5':>8}{'R@10':>8}"]
+    for title, prefix in (
+        ("image to text", "image_to_text"),
+        ("text to image", "text_to_image"),
+        ("  chance", "chance/text_to_image"),
+    ):
+        values = (metrics[f"{prefix}/recall@{k}"] for k in (1, 5, 10))
+        lines.append(f"{title:<34}" + "".join(f"{value:>8.1%}" for value in values))
+    sets = [name.removesuffix("/prompt_accuracy@1") for name in metrics if name.endswith("y@1")]
+    sets = [name for name in sets if not name.endswith("/shape_accuracy@1")]
+    if sets:
+        lines.append(f"{'caption-prompt accuracy':<34}{'top 1':>8}{'top 5':>8}{'shape':>8}")
+    for name in sets:
+        shape = metrics.get(f"{name}/shape_accuracy@1")
+        shown = f"{shape:>8.1%}" if shape is not None else f"{'-':>8}"
+        top1, top5 = (metrics[f"{name}/prompt_accuracy@{k}"] for k in (1, 5))
+        lines.append(f"{'  ' + name:<34}{top1:>8.1%}{top5:>8.1%}{shown}")
+    return "\n".join(lines)
+
+
+def format_run(result: TrainResult, pictures: Sequence[Path]) -> str:
+    """Lay out what a run ended with: quality, packing, speed, what was skipped, what to look at."""
+    stats = result.stats
+    parts = [f"{result.run}: {result.step:,} steps, {stats.images:,} images"]
+    if result.evaluation is not None:
+        parts.append(
+            format_metrics(result.evaluation.metrics, num_pairs=len(result.evaluation.pairs.keys))
+        )
+    parts.append(
+        f"{'padding':<34}{stats.padding:>8.3%}\n"
+        f"{'kept of all tokens':<34}{stats.tokens / max(stats.tokens_before_drop, 1):>8.1%}\n"
+        f"{'images/s':<34}{result.images_per_second:>8,.0f}\n"
+        f"{'kept tokens/s':<34}{result.tokens_per_second:>8,.0f}"
+    )
+    parts.append(format_skipped(stats))
+    parts.append(f"checkpoint: {result.checkpoint}")
+    if pictures:
+        parts.append("pictures:   " + "\n            ".join(str(path) for path in pictures))
+    return "\n\n".join(parts)
+
+
+def format_skipped(stats: BatchStats) -> str:
+    """List skipped and noted samples by cause."""
+    if not stats.skipped and not stats.noted:
+        return f"no sample of the {stats.samples_read:,} read was skipped"
+    lines = [f"of {stats.samples_read:,} samples read"]
+    lines += [
+        f"  skipped, {cause:<24}{count:>8,}" for cause, count in sorted(stats.skipped.items())
+    ]
+    lines += [f"  noted, {cause:<26}{count:>8,}" for cause, count in sorted(stats.noted.items())]
+    return "\n".join(lines)
+
+
+def _read_images(keys: set[str], shards: Sequence[str]) -> dict[str, npt.NDArray[np.uint8]]:
+    """Decode the images of some keys: uint8 (H, W, 3) arrays."""
+    found: dict[str, npt.NDArray[np.uint8]] = {}
+    for shard in shards:
+        for raw in iter_shard(shard, on_problem=lambda cause, detail: None):
+            if raw.key in keys:
+                data = next(raw.members[name] for name in IMAGE_EXTENSIONS if name in raw.members)
+                found[raw.key] = decode_rgb(data, read_size(data)).numpy()
+        if len(found) == len(keys):
+            break
+    return found

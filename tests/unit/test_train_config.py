@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from navit.train.config import TrainConfig
+from navit.train.setup import resolve_run, resolve_shards
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"workers": -1}, "workers must not be negative; got -1"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\); got 1.0"),
+        ({"precision": "fp8"}, "precision must be 'auto', 'bf16' or 'fp32'; got 'fp8'"),
+        ({"val": ("v.tar",)}, "val needs shards"),
+    ],
+)
+def test_a_wrong_setting_says_what_must_hold(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_runs_are_numbered_and_the_newest_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert resolve_run(TrainConfig(), "demo") == Path("runs/demo-001")
+    for number in ("001", "009"):
+        Path(f"runs/demo-{number}").mkdir(parents=True)
+    assert resolve_run(TrainConfig(), "demo") == Path("runs/demo-010")
+    assert resolve_run(TrainConfig(resume=True), "demo") == Path("runs/demo-009")
+    with pytest.raises(FileNotFoundError, match="there is no pairs run below runs/ to resume"):
+        resolve_run(TrainConfig(resume=True), "pairs")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+
+    with pytest.raises(ValueError, match="already holds a run. Continue it with --resume"):
+        resolve_run(TrainConfig(run=tmp_path), "demo")
+    assert resolve_run(TrainConfig(run=tmp_path, resume=True), "demo") == tmp_path
+
+
+def test_a_shard_that_does_not_exist_is_an_error_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must exist"):
+        resolve_shards(TrainConfig(shards=(str(tmp_path / "none-{0..1}.tar"),)))
