@@ -22,7 +22,7 @@ from packer.transforms import ColorJitter, Compose, RandomFlip
 DEMO_FOLDER = Path("data/demo")
 RUNS_FOLDER = Path("runs")
 TOKENIZER_CAPTIONS = 100_000
-"""Captions a tokenizer is trained on: the first ones in shard order (DESIGN decision 15)."""
+"""Captions a tokenizer is trained on: the first ones in shard order."""
 
 
 def resolve_run(config: TrainConfig, name: str) -> Path:

@@ -22,6 +22,7 @@ class ConstantDrop:
     """Drop the same share of every image's tokens (other tokens for every image and epoch)."""
 
     drop_rate: float = 0.5
+    """Share of tokens left out, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_rate < 1:
@@ -46,7 +47,9 @@ class BetaDrop:
     """
 
     mean: float = 0.25
+    """Mean drop rate."""
     maximum: float = 0.4
+    """Largest drop rate (d_max in the paper), above `mean` and below 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mean < self.maximum < 1:

@@ -25,6 +25,7 @@ class FixedSide:
     """Resize every image to the area of a square of ``px`` pixels a side, aspect ratio kept."""
 
     px: float = 224.0
+    """Side in pixels of the square of equal area."""
 
     def __post_init__(self) -> None:
         if not self.px > 0:
@@ -42,7 +43,9 @@ class UniformSide:
     """Draw the side uniformly from [low, high] pixels per image (NaViT section 3, U(64, R_max))."""
 
     low: float = 64.0
+    """Smallest side in pixels."""
     high: float = 256.0
+    """Largest side in pixels."""
 
     def __post_init__(self) -> None:
         _check_range("UniformSide", self.low, self.high)
@@ -62,9 +65,13 @@ class NormalSide:
     """
 
     low: float = 64.0
+    """Smallest side in pixels."""
     high: float = 256.0
+    """Largest side in pixels."""
     mean: float = -0.5
+    """Mean of u before truncation; -1 is `low`, 1 is `high`."""
     std: float = 1.0
+    """Standard deviation of u before truncation."""
 
     def __post_init__(self) -> None:
         _check_range("NormalSide", self.low, self.high)
@@ -91,16 +98,12 @@ class NoCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crop a random box of at least ``min_area`` of the image, its aspect ratio nearly the image's.
-
-    Args:
-        min_area: Smallest share of the image's area the box may cover, in (0, 1].
-        max_aspect_change: Largest factor by which the box's aspect ratio may differ from the
-            image's, at least 1; drawn log-uniformly.
-    """
+    """Crop a random box of the image, its aspect ratio nearly the image's."""
 
     min_area: float = 0.5
+    """Smallest share of the image's area the box may cover, in (0, 1]."""
     max_aspect_change: float = 1.2
+    """Largest factor between the box's aspect ratio and the image's, at least 1; log-uniform."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1:

@@ -1,0 +1,109 @@
+"""`python -m benchmarks [names...] [--quick]`: run benchmarks, print tables, store the rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from benchmarks import bench_image_path, bench_loss, bench_model, bench_place
+from benchmarks.harness import Paired, environment, store
+
+Name = Literal["place", "image_path", "loss", "model"]
+Rows = list[dict[str, Any]]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One entry of the suite."""
+
+    run: Callable[..., Rows]
+    """Called with ``quick``; returns one mapping a row."""
+    what: str
+    """What is measured, for the progress line."""
+    prints: bool = False
+    """Whether `run` prints its own table while it measures."""
+
+
+BENCHMARKS: dict[Name, Benchmark] = {
+    "place": Benchmark(bench_place.run, "padding and speed of placement", prints=True),
+    "image_path": Benchmark(bench_image_path.run, "encoded images to patches, against Pillow"),
+    "loss": Benchmark(bench_loss.run, "tiled contrastive loss against dense", prints=True),
+    "model": Benchmark(bench_model.run, "packed images against a dense batch"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time our code against the best simple alternative, in pairs, beside an A/A control."""
+
+    names: Annotated[tuple[Name, ...], tyro.conf.Positional] = ()
+    """Benchmarks to run; none: all of them."""
+    quick: bool = False
+    """Tiny inputs, to see that everything runs; the numbers mean nothing and are not stored."""
+    store: bool = True
+    """Write rows and environment to benchmarks/results/<date>_<device>_<name>.json."""
+    photos: Path | None = None
+    """A tar of JPEGs for image_path; without it, photo-like images are generated."""
+
+
+def main(args: Sequence[str] | None = None, *, results: Path = RESULTS) -> dict[Name, Rows]:
+    """Run the benchmarks named on the command line.
+
+    Args:
+        args: Command line without the program's name; None takes the process's own.
+        results: Folder the JSON files go to.
+
+    Returns:
+        The rows of each benchmark.
+    """
+    options = tyro.cli(Options, args=args, prog="python -m benchmarks")
+    described = environment()
+    print(f"{described['device']}, {described['threads']} threads, {described['versions']}")
+    measured: dict[Name, Rows] = {}
+    # dict.fromkeys: a name given twice is run once.
+    names = tuple(dict.fromkeys(options.names)) or tuple(BENCHMARKS)
+    for number, name in enumerate(names, 1):
+        benchmark = BENCHMARKS[name]
+        print(f"\n[{number}/{len(names)}] {name}: {benchmark.what}", flush=True)
+        inputs = {"photos": options.photos} if name == "image_path" else {}
+        start = perf_counter()
+        rows = measured[name] = benchmark.run(quick=options.quick, **inputs)
+        seconds = perf_counter() - start
+        if not benchmark.prints:
+            print(format_rows(rows))
+        stored = ""
+        if options.store and not options.quick:
+            stored = f", stored in {store(results, name, rows)}"
+        print(f"{name}: {seconds:.1f} s{stored}", flush=True)
+    return measured
+
+
+def format_rows(rows: Rows) -> str:
+    """Lay out rows as a table; what is the same in all of them is said once, above it."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = {name: [_format(row.get(name, "")) for row in rows] for name in names}
+    shared = [name for name in names if len(rows) > 1 and len(set(cells[name])) == 1]
+    columns = [name for name in names if name not in shared]
+    widths = [max(map(len, [name, *cells[name]])) for name in columns]
+    lines = [", ".join(f"{name} {cells[name][0]}" for name in shared)] if shared else []
+    lines.append("  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)))
+    for row in zip(*(cells[name] for name in columns), strict=True):
+        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, Paired):
+        control = f"A/A {value.aa_low:.2f}..{value.aa_high:.2f}"
+        return f"{value.ratio:.3f} ({value.low:.2f}..{value.high:.2f}; {control})"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    main()

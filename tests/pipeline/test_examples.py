@@ -1,0 +1,105 @@
+"""The examples run as a reader would run them; order and count are asserted."""
+
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from examples import collate, plan_and_show
+from navit import NaViT, NaViTConfig
+from packer import PackerConfig, PackingCollator, write_shards
+
+# Python 3.12 and later warn where a process that runs threads (torch) forks DataLoader workers.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+
+
+def encoded_pairs(count: int, *, broken: int) -> list[tuple[bytes, str]]:
+    """Make a map-style dataset of encoded images of different sizes, one of them cut short."""
+    pairs = []
+    for index in range(count):
+        buffer = BytesIO()
+        colour = (10 * index, 255 - 10 * index, 128)
+        Image.new("RGB", (32 + 8 * index, 64), colour).save(buffer, "PNG")
+        data = buffer.getvalue()
+        pairs.append((data[: len(data) // 2] if index == broken else data, f"caption {index}"))
+    return pairs
+
+
+def test_collate_returns_captions_and_vectors_in_the_datasets_order(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = collate.Scenes()
+    torch.manual_seed(0)
+    captions, vectors = collate.main()
+    assert captions == [dataset[index][1] for index in range(len(dataset))]
+    assert vectors.shape == (len(dataset), 64)
+    assert bool(vectors.isfinite().all())
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3
+    assert all(re.match(r"8 images in \d+ sequences -> ", line) for line in printed)
+
+
+def test_collate_leaves_out_a_broken_image_with_its_caption_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    captions, vectors = collate.main(encoded_pairs(19, broken=9))
+    assert captions == [f"caption {index}" for index in range(19) if index != 9]
+    assert len(vectors) == 18
+
+    torch.manual_seed(0)
+    whole_captions, whole = collate.main(encoded_pairs(19, broken=-1))
+    assert len(whole_captions) == len(whole) == 19
+    others = torch.tensor([index for index in range(19) if index != 9])
+    torch.testing.assert_close(vectors, whole[others], rtol=0, atol=1e-5)
+
+
+def test_a_collators_batches_give_each_image_the_vector_it_gets_alone() -> None:
+    pairs = encoded_pairs(6, broken=-1)
+    collator = PackingCollator(PackerConfig(patch_size=16, seq_len=64))
+    torch.manual_seed(0)
+    model = NaViT(NaViTConfig.named("tiny", patch_size=16)).eval()
+    with torch.inference_mode():
+        loader = DataLoader(pairs, batch_size=6, num_workers=2, collate_fn=collator)
+        packed = torch.cat([model(batch).pooled for batch in loader])
+        alone = torch.cat([model(collator([pair])).pooled for pair in pairs])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+
+
+def test_a_plan_places_every_image_once_and_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    config = PackerConfig(patch_size=16, seq_len=300, max_tokens=200, max_images_per_seq=3)
+    sequences = plan_and_show.plan(config)
+    placed = [image.key for sequence in sequences for image in sequence]
+    assert sorted(placed) == sorted(plan_and_show.SIZES)
+    assert all(len(sequence) <= 3 for sequence in sequences)
+    assert all(sum(image.num_kept for image in sequence) <= 300 for sequence in sequences)
+
+    plan_and_show.main()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in plan_and_show.SIZES)
+    bars = [line for line in shown.splitlines() if " of 512: " in line]
+    assert bars
+    assert all(len(re.findall("[█▒·]", line)) == 64 for line in bars)
+
+
+def test_the_readmes_snippets_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    snippets = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert len(snippets) == 3
+    pairs = encoded_pairs(10, broken=-1)
+    samples = [{"image": image, "caption": caption} for image, caption in pairs]
+    write_shards(samples, tmp_path / "shards" / "pairs-%05d.tar", samples_per_shard=5)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"dataset": pairs}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["output"].pooled.shape == (10, 384)
+    assert names["stored"]["batches"] == 2
+    assert len(names["stored"]["streams"]) == 2
