@@ -1,15 +1,23 @@
-"""NaViT: native-resolution vision transformers trained on packed sequences."""
+"""The vision side of NaViT: models that read a `packer.PackedBatch`.
 
-from navit.model import (
-    CLIP,
-    CLIPConfig,
-    CLIPOutput,
-    NaViT,
-    NaViTConfig,
-    NaViTOutput,
-    TextConfig,
-    TextTower,
-)
+The names are imported when first used: `navit --help` need not wait for torch, and the command line
+can still set what torch reads when it is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from navit.model import (
+        CLIP,
+        CLIPConfig,
+        CLIPOutput,
+        NaViT,
+        NaViTConfig,
+        NaViTOutput,
+        TextConfig,
+        TextTower,
+    )
 
 __all__ = [
     "CLIP",
@@ -21,3 +29,9 @@ __all__ = [
     "TextConfig",
     "TextTower",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'navit' has no attribute {name!r}")
+    return getattr(import_module("navit.model"), name)

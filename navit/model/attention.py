@@ -1,0 +1,229 @@
+"""Block-diagonal attention: every token attends to its own segment (image or caption) only.
+
+One sequence with two images of 3 and 2 tokens and a padded place; rows are queries:
+
+    . = not attended        the plan drops the padding and sorts the segments by length,
+                            so that equal lengths are contiguous:
+    1 1 1 . . .
+    1 1 1 . . .             2 2 . . .
+    1 1 1 . . .             2 2 . . .
+    . . . 2 2 .             . . 1 1 1
+    . . . 2 2 .             . . 1 1 1
+    . . . . . 0             . . 1 1 1
+
+The order of tokens means nothing inside an encoder (positions are part of the tokens), so the
+whole encoder runs in that order on (T, D) tensors and only what leaves it is put back in place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from navit.model.config import AttentionBackend
+
+MAX_MATMUL_LENGTH = 1024
+"""Longest segment, in tokens, for which half precision on the CPU keeps its attention matrix.
+
+Matmul, softmax, matmul takes a third of the time of torch's fused kernel there, forward and
+backward, on 32 images of 36 to 256 tokens and a sixth on 256 segments of 40; in float32 the two
+are equal. Longer segments use the fused kernel for its memory.
+"""
+XFORMERS_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class SegmentGroup:
+    """Neighbouring segments of equal length: tokens start .. start + count * length."""
+
+    start: int
+    count: int
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the group."""
+        return self.count * self.length
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the T tokens of a batch split into segments; made once, read by every layer.
+
+    Nothing in it is cached beyond the batch, and nothing of it is read back from the device.
+    """
+
+    lengths: tuple[int, ...]
+    """Length of each of the N segments in tokens, in token order."""
+    device: torch.device
+    """Where the tokens are."""
+    backend: AttentionBackend = "segments"
+    """Backend that runs the attention: "segments" or "xformers"."""
+
+    def __post_init__(self) -> None:
+        if min(self.lengths, default=1) < 1:
+            raise ValueError(f"Segment lengths must be positive; got {min(self.lengths)}.")
+        if self.backend not in ("segments", "xformers"):
+            raise ValueError(
+                f"A plan's backend must be 'segments' or 'xformers'; got {self.backend!r}. "
+                "Resolve 'auto' with resolve_backend."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    @cached_property
+    def groups(self) -> tuple[SegmentGroup, ...]:
+        """Runs of equal lengths; in a sorted plan one for each distinct length."""
+        groups: list[SegmentGroup] = []
+        start = 0
+        for length, run in groupby(self.lengths):
+            groups.append(SegmentGroup(start, len(list(run)), length))
+            start += groups[-1].num_tokens
+        return tuple(groups)
+
+    @cached_property
+    def group_tokens(self) -> list[int]:
+        """Tokens of each group: the sizes to split the tokens into."""
+        return [group.num_tokens for group in self.groups]
+
+    @cached_property
+    def segment_index(self) -> Int64[Tensor, " T"]:
+        """Segment of each token, on the plan's device."""
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        return to_device(np.repeat(np.arange(len(lengths)), lengths), self.device)
+
+    @cached_property
+    def xformers_mask(self) -> Any:
+        """The segments as xformers' `BlockDiagonalMask`; imports xformers."""
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        return BlockDiagonalMask.from_seqlens(list(self.lengths), device=self.device)
+
+
+def order_by_length(
+    lengths: Sequence[int], keep: Sequence[bool] | None = None
+) -> tuple[tuple[int, ...], Int64[np.ndarray, " N"], Int64[np.ndarray, " T"]]:
+    """Sort segments by length and drop some of them, on the host.
+
+    Args:
+        lengths: Length of each segment, in tokens, in the order they have in memory.
+        keep: Which segments to keep; None keeps all.
+
+    Returns:
+        The sorted lengths of the N kept segments; which segment each of them is; and the place in
+        memory of each of their T tokens.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    kept = np.arange(len(sizes)) if keep is None else np.flatnonzero(np.asarray(keep, dtype=bool))
+    order = kept[np.argsort(sizes[kept], kind="stable")]
+    ordered = sizes[order]
+    shift = starts[order] - (np.cumsum(ordered) - ordered)
+    tokens = np.repeat(shift, ordered) + np.arange(int(ordered.sum()))
+    return tuple(ordered.tolist()), order, tokens
+
+
+def to_device(array: Int64[np.ndarray, "..."], device: torch.device) -> Int64[Tensor, "..."]:
+    """Move a host array to the device without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def resolve_backend(
+    backend: AttentionBackend, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """Choose what runs the attention: xformers where it can run, else "segments".
+
+    Args:
+        backend: The configured backend; "auto" picks.
+        device: Where the tokens are.
+        dtype: Type the attention is computed in (under autocast, autocast's).
+        head_dim: Size of one head.
+
+    Raises:
+        ValueError: If "xformers" is asked for where it cannot run.
+        ImportError: If "xformers" is asked for and not installed.
+    """
+    able = device.type == "cuda" and dtype in XFORMERS_DTYPES and head_dim % 8 == 0
+    if backend == "xformers" and not able:
+        raise ValueError(
+            "Attention backend 'xformers' needs a CUDA device, float16, bfloat16 or float32, and a "
+            f"head size that is a multiple of 8; got {device.type}, {dtype}, {head_dim}. "
+            "Set attention='auto' or 'segments', or move the model."
+        )
+    if backend == "segments" or not able:
+        return "segments"
+    installed = find_spec("xformers") is not None
+    if backend == "xformers" and not installed:
+        raise ImportError(
+            "Attention backend 'xformers' needs the package xformers, which is not installed. "
+            "Run `pip install xformers`, or set attention='auto' or 'segments'."
+        )
+    return "xformers" if installed else "segments"
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the type matrix products run in: autocast's where it is on, else ``dtype``."""
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
+def block_diagonal_attention(
+    q: Float[Tensor, "T H Dh"],
+    k: Float[Tensor, "T H Dh"],
+    v: Float[Tensor, "T H Dh"],
+    plan: AttentionPlan,
+) -> Float[Tensor, "T H Dh"]:
+    """Attend within each segment: softmax(q k^T / sqrt(Dh)) v, block-diagonal over the tokens.
+
+    Args:
+        q: Queries, in the plan's token order.
+        k: Keys.
+        v: Values.
+        plan: The segments, which together hold exactly the T tokens.
+
+    Source: NaViT (arXiv:2307.06304), section 2.1 "Masked self attention and masked pooling".
+    """
+    assert q.shape[0] == plan.num_tokens, "the plan must cover the tokens"
+    if not plan.lengths:
+        return q + k + v  # (0, H, Dh), connected to all three so that backward gives zeros
+    if plan.backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        out: Tensor = memory_efficient_attention(
+            q[None], k[None], v[None], attn_bias=plan.xformers_mask
+        )
+        return out[0]
+    # One split and one concatenation: their backward moves each gradient once, where a slice per
+    # group would fill a whole (T, H, Dh) tensor with zeros for each group.
+    parts = zip(
+        plan.groups, *(x.split_with_sizes(plan.group_tokens) for x in (q, k, v)), strict=True
+    )
+    return torch.cat([_attend_equal(*part) for part in parts])
+
+
+def _attend_equal(group: SegmentGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend within segments of one length; all tensors are (count * length, H, Dh)."""
+    shape = (group.count, group.length, *q.shape[1:])
+    q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type == "cpu" and half and group.length <= MAX_MATMUL_LENGTH:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        out: Tensor = scores.softmax(dim=-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(0, 1)

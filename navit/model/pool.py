@@ -1,0 +1,104 @@
+"""Masked pooling: the tokens of a segment -> one vector, never across segments.
+
+Source: NaViT (arXiv:2307.06304), section 2.1 "Masked self attention and masked pooling".
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from navit.model.attention import AttentionPlan
+from navit.model.block import NORM_EPS, Mlp
+from navit.model.config import TransformerConfig
+
+
+def segment_mean(x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
+    """Average the tokens of each segment, summing in float32 or better."""
+    if not plan.lengths:
+        return x
+    parts = x.split_with_sizes(plan.group_tokens)
+    means = [
+        part.view(group.count, group.length, -1).mean(1)
+        for group, part in zip(plan.groups, parts, strict=True)
+    ]
+    return torch.cat(means)
+
+
+class MeanPool(nn.Module):
+    """The mean of a segment's tokens."""
+
+    def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
+        """Pool each segment."""
+        return segment_mean(x, plan)
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling (MAP): one learned query, the probe, asks each segment.
+
+    The head is big_vision's and SigLIP's: attention with projections, then a residual MLP on its
+    layer-normalised output. As all segments share the probe, its query is folded into the key
+    projection, ``(W_k x_t) . q = x_t . (W_k^T q)``, and the value projection, being linear, follows
+    the weighted sum: the same numbers without two (T, D) x (D, D) products.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, self.num_heads = config.width, config.num_heads
+        self.probe = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.q = nn.Linear(width, width, bias=config.biases)
+        self.k = nn.Linear(width, width, bias=config.biases)
+        self.v = nn.Linear(width, width, bias=config.biases)
+        self.proj = nn.Linear(width, width, bias=config.biases)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, bias=config.biases)
+        self.mlp = Mlp(config)
+        for layer in (self.q, self.k, self.v, self.proj):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
+        """Pool each segment."""
+        # The products that stay per token are small (D x H): they keep the precision of x.
+        with torch.autocast(x.device.type, enabled=False):
+            heads = self._attend(x, self._scores(x), plan)
+            v = self.v.weight.view(self.num_heads, -1, x.shape[1])
+            out = torch.einsum("nhd,hed->nhe", heads, v.to(x.dtype)).flatten(1)
+            if self.v.bias is not None:  # the weights of a segment sum to 1
+                out = out + self.v.bias
+        out = self.proj(out)
+        pooled: Tensor = out + self.mlp(self.norm(out))
+        return pooled
+
+    def _scores(self, x: Tensor) -> Float[Tensor, "T H"]:
+        """Attention logits of the probe on every token."""
+        q = (
+            self.q(self.probe[None]).view(self.num_heads, -1)
+            * (x.shape[1] // self.num_heads) ** -0.5
+        )
+        k = self.k.weight.view(self.num_heads, -1, x.shape[1])
+        query = torch.einsum("he,hed->hd", q, k.to(q.dtype)).to(x.dtype)
+        if self.k.bias is None:
+            return F.linear(x, query)
+        # One number for all of a head's logits: the softmax cancels it, the graph stays whole.
+        shift = (q * self.k.bias.view(self.num_heads, -1)).sum(1)
+        return F.linear(x, query, shift.to(x.dtype))
+
+    def _attend(self, x: Tensor, scores: Tensor, plan: AttentionPlan) -> Float[Tensor, "N H D"]:
+        """Average each segment's tokens, by head, with the softmax of its scores."""
+        if not plan.lengths:
+            return scores[:, :, None] * x[:, None, :]
+        heads = []
+        parts = zip(*(y.split_with_sizes(plan.group_tokens) for y in (scores, x)), strict=True)
+        for (s, tokens), group in zip(parts, plan.groups, strict=True):
+            by_segment = s.view(group.count, group.length, -1).transpose(1, 2)
+            weights = torch.softmax(by_segment, dim=2, dtype=_at_least_float32(x.dtype)).to(x.dtype)
+            heads.append(weights @ tokens.view(group.count, group.length, -1))
+        return torch.cat(heads)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def make_pool(config: TransformerConfig) -> nn.Module:
+    """Return the pooling that the configuration names."""
+    return AttentionPool(config) if config.pool == "map" else MeanPool()

@@ -1,0 +1,192 @@
+"""NaViT: packed images in, one vector per image out."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from navit.model.attention import (
+    AttentionPlan,
+    compute_dtype,
+    order_by_length,
+    resolve_backend,
+    to_device,
+)
+from navit.model.block import NORM_EPS, Block
+from navit.model.config import ModelConfig, NaViTConfig
+from navit.model.patch_embed import PatchEmbed
+from navit.model.pool import make_pool
+from navit.model.pos_embed import PositionEmbed
+from packer.batch import PackedBatch
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+
+C = TypeVar("C", bound=ModelConfig)
+M = TypeVar("M", bound="PretrainedModel[Any]")
+
+
+class PretrainedModel(nn.Module, Generic[C]):
+    """A model that can be written to a folder and read back: safetensors beside a config.json."""
+
+    config_class: type[C]
+
+    def __init__(self, config: C) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into a folder, making it if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        described = {"model": type(self).__name__, "config": self.config.to_dict()}
+        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls: type[M], folder: str | Path) -> M:
+        """Read a model as `save_pretrained` wrote it, in the types its weights were saved in.
+
+        Raises:
+            FileNotFoundError: If the folder lacks one of the two files.
+            ValueError: If the folder holds another kind of model.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained "
+                    f"writes them; {name} is missing."
+                )
+        described = json.loads((folder / CONFIG_FILE).read_text())
+        if described.get("model") != cls.__name__:
+            raise ValueError(
+                f"{folder} must hold a {cls.__name__}; got {described.get('model')!r}. "
+                f"Read it with {described.get('model')}.from_pretrained."
+            )
+        model = cls(cls.config_class.from_dict(described["config"]))
+        # safetensors' memory is not aligned as torch's is: a clone takes the same kernels, hence
+        # gives the same bits, as the model that was saved.
+        weights = {name: value.clone() for name, value in load_file(folder / WEIGHTS_FILE).items()}
+        model.load_state_dict(weights, assign=True)
+        return model
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """Where the T real tokens of a batch are and which image each belongs to.
+
+    Made on the host from `segment_lengths` and `segment_images`: nothing waits for the device.
+    """
+
+    attention: AttentionPlan
+    """The segments of the N images, sorted by length."""
+    token_index: Int64[Tensor, " T"]
+    """Place of each token among the B * L flattened places."""
+    image_place: Int64[Tensor, " N"]
+    """Which of the sorted segments is the i-th image."""
+
+
+def plan_tokens(batch: PackedBatch, config: NaViTConfig, *, dtype: torch.dtype) -> TokenPlan:
+    """Plan a forward pass: drop the padding, sort the images by length.
+
+    Args:
+        batch: The packed images.
+        config: Names the attention backend and the head size.
+        dtype: Type of the model's weights; autocast's type counts where it is on.
+    """
+    device = batch.patches.device
+    images = np.asarray(batch.segment_images, dtype=np.int64)
+    lengths, order, tokens = order_by_length(batch.segment_lengths, (images >= 0).tolist())
+    backend = resolve_backend(
+        config.attention,
+        device=device,
+        dtype=compute_dtype(device, dtype),
+        head_dim=config.head_dim,
+    )
+    return TokenPlan(
+        attention=AttentionPlan(lengths, device, backend),
+        token_index=to_device(tokens, device),
+        image_place=to_device(np.argsort(images[order]), device),
+    )
+
+
+@dataclass(frozen=True)
+class NaViTOutput:
+    """What the image tower returns for a batch of N images and T tokens in B x L places."""
+
+    pooled: Float[Tensor, "N D"]
+    """One vector per image, in the order of the batch's keys."""
+    packed_tokens: Float[Tensor, "T D"]
+    """The tokens after the last norm, in the plan's order, without padding."""
+    plan: TokenPlan
+    """Where the packed tokens belong."""
+    shape: tuple[int, int]
+    """(B, L)."""
+
+    @cached_property
+    def tokens(self) -> Float[Tensor, "B L D"]:
+        """The tokens in their places, 0 in padding; made when first asked for."""
+        places = self.packed_tokens.new_zeros(self.shape[0] * self.shape[1], self.width)
+        placed = places.index_copy(0, self.plan.token_index, self.packed_tokens)
+        return placed.view(*self.shape, self.width)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.packed_tokens.shape[1]
+
+
+class NaViT(PretrainedModel[NaViTConfig]):
+    """The vision transformer of NaViT: native-resolution images, packed into sequences.
+
+    An image gives the same vector, and the same gradients, packed with any others or alone.
+
+    Source: NaViT (arXiv:2307.06304), section 2.1; block as in ViT (arXiv:2010.11929) with the
+    query-key norm of ViT-22B (arXiv:2302.05442) and no biases.
+    """
+
+    config_class = NaViTConfig
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__(config)
+        self.patch_embed = PatchEmbed(config.patch_size, config.width, bias=config.biases)
+        self.pos_embed = PositionEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
+        self.pool = make_pool(config)
+
+    def forward(self, batch: PackedBatch) -> NaViTOutput:
+        """Encode a packed batch on the device its tensors are on.
+
+        Raises:
+            ValueError: If the batch's patch size is not the model's, or the attention backend
+                asked for cannot run here.
+        """
+        self.patch_embed.check_patch_size(batch.patch_size)
+        plan = plan_tokens(batch, self.config, dtype=self.norm.weight.dtype)
+        x = self.embed(batch, plan)
+        for block in self.blocks:
+            x = block(x, plan.attention)
+        x = self.norm(x)
+        pooled = self.pool(x, plan.attention).index_select(0, plan.image_place)
+        return NaViTOutput(pooled, x, plan, (batch.segment_ids.shape[0], batch.seq_len))
+
+    def embed(self, batch: PackedBatch, plan: TokenPlan) -> Float[Tensor, "T D"]:
+        """Embed the real tokens, in the plan's order: patch plus position."""
+        index, slots = plan.token_index, batch.grid_sizes.shape[1]
+        patches = batch.patches.flatten(0, 1).index_select(0, index)
+        positions = batch.position_ids.flatten(0, 1).index_select(0, index)
+        segment = batch.segment_ids.flatten().index_select(0, index)
+        slot = index // max(batch.seq_len, 1) * slots + segment - 1
+        grids = batch.grid_sizes.flatten(0, 1).index_select(0, slot)
+        tokens: Tensor = self.patch_embed(patches) + self.pos_embed(positions, grids)
+        return tokens
