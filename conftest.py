@@ -19,6 +19,8 @@ def typecheck(function: Any) -> Any:
     return function if module.startswith(_CHECKS_ITSELF) else _check(function)
 
 
+# Before torch loads OpenMP: threads that spin while they wait make tests beside others crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 settings.register_profile(
     "dev", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]

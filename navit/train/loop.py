@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -117,7 +118,11 @@ class Trainer:
             MetricsLog(self.run, start_step=self.step) as log,
             _stop_requested() as stopping,
             tqdm(
-                total=config.steps, initial=self.step, unit="step", disable=not progress
+                total=config.steps,
+                initial=self.step,
+                unit="step",
+                disable=not progress,
+                mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs few lines
             ) as self.bar,
         ):
             batches = iter(loader)
@@ -276,7 +281,8 @@ class Trainer:
         self.bar.set_postfix_str(
             f"loss {self.last_loss:.3f}, {rates['images_per_second']:.0f} images/s, "
             f"{rates['tokens_per_second']:.0f} kept tokens/s, padding {rates['padding']:.3%}, "
-            f"waiting {rates['data_wait']:.0%}"
+            f"waiting {rates['data_wait']:.0%}",
+            refresh=False,
         )
 
 

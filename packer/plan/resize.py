@@ -108,11 +108,13 @@ class RandomCrop:
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1:
             raise ValueError(
-                f"RandomCrop: min_area must be in (0, 1]; got {self.min_area}. NoCrop() crops nothing."
+                f"RandomCrop: min_area must be in (0, 1]; got {self.min_area}. "
+                "NoCrop() crops nothing."
             )
         if not self.max_aspect_change >= 1:
             raise ValueError(
-                f"RandomCrop: max_aspect_change must be at least 1; got {self.max_aspect_change}. "
+                "RandomCrop: max_aspect_change must be at least 1; got "
+                f"{self.max_aspect_change}. "
                 "1 keeps the aspect ratio."
             )
 

@@ -20,7 +20,7 @@ def test_kept_indices_are_rising_unique_and_inside(n: int, draw: int, data: st.D
     assert kept.dtype == np.int64
     assert len(kept) == num_kept
     assert (np.diff(kept) > 0).all()
-    assert 0 <= kept[0]
+    assert kept[0] >= 0
     assert kept[-1] < n
 
 

@@ -38,7 +38,7 @@ def test_runs_are_numbered_and_the_newest_is_resumed(
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
 
-    with pytest.raises(ValueError, match="already holds a run. Continue it with --resume"):
+    with pytest.raises(ValueError, match=r"already holds a run\. Continue it with --resume"):
         resolve_run(TrainConfig(run=tmp_path), "demo")
     assert resolve_run(TrainConfig(run=tmp_path, resume=True), "demo") == tmp_path
 

@@ -1,0 +1,35 @@
+import subprocess
+import sys
+
+import pytest
+
+import navit
+from navit.__main__ import _split_preset
+
+
+def test_the_command_line_is_there_before_torch_is_loaded() -> None:
+    """So that it can set how OpenMP waits, which is read when torch loads it."""
+    code = "import sys, navit.__main__; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_the_models_and_others_are_refused() -> None:
+    assert all(getattr(navit, name).__name__ == name for name in navit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'NaVit'"):
+        navit.NaVit  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "rest"),
+    [
+        ([], "demo", []),
+        (["pairs", "--shards", "a.tar"], "pairs", ["--shards", "a.tar"]),
+        (["--shards=a.tar"], "pairs", ["--shards=a.tar"]),
+        (["--steps", "3"], "demo", ["--steps", "3"]),
+    ],
+)
+def test_a_run_without_a_name_is_pairs_if_it_names_shards(
+    args: list[str], name: str, rest: list[str]
+) -> None:
+    assert _split_preset(args, ("demo", "pairs")) == (name, rest)
