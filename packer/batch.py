@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStats:
-    """Integer counts since the same stream's previous batch, so that sums over batches are exact."""
+    """Integer counts since the stream's previous batch, so that sums over batches are exact."""
 
     samples_read: int = 0
     """Samples taken from the source: ``images + skipped`` plus the growth of the pending window."""
@@ -72,6 +72,20 @@ class PackedText:
         """Copy the tensors to page-locked memory."""
         return _map_tensors(self, lambda t: t.pin_memory())
 
+    def check(self, num_images: int) -> None:
+        """Verify the invariants; `AssertionError` names the one that is broken."""
+        assert min(self.segment_lengths, default=1) > 0, "a caption must hold at least one token"
+        bounds = [0, *accumulate(self.segment_lengths)]
+        assert self.cu_seqlens.tolist() == bounds, (
+            "captions.cu_seqlens disagrees with captions.segment_lengths"
+        )
+        assert len(self.ids) == bounds[-1], "captions.segment_lengths must cover all caption tokens"
+        index = self.image_index.tolist()
+        assert len(index) == len(self.segment_lengths), "captions.image_index must be M long"
+        assert set(index) <= set(range(num_images)), (
+            "captions.image_index must name images of the batch"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
@@ -118,7 +132,7 @@ class PackedBatch:
     """State of the stream after this batch; None from a collator."""
 
     def __post_init__(self) -> None:
-        if len(self.segment_images) != len(self.segment_lengths):
+        if not self.segment_images and self.segment_lengths:
             starts = [0, *accumulate(self.segment_lengths)][:-1]
             ids, index = self.segment_ids.flatten().tolist(), self.image_index.tolist()
             images = (
@@ -152,53 +166,67 @@ class PackedBatch:
 
     def check(self) -> None:
         """Verify every invariant stated above; `AssertionError` names the one that is broken."""
-        lengths = torch.tensor(self.segment_lengths, dtype=torch.int64)
-        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        places, num_images = self.segment_ids.numel(), self.num_images
-        assert torch.equal(self.cu_seqlens.cpu().long(), bounds), (
-            "cu_seqlens disagrees with segment_lengths"
-        )
-        assert int(bounds[-1]) == places, "segments must cover all B * L tokens"
-        assert bool((lengths > 0).all()), "a segment must hold at least one token"
-        ids = self.segment_ids.cpu()
-        starts = torch.zeros_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        if ids.numel():
-            starts[:, 0] = True
-        assert torch.equal(starts.flatten().nonzero()[:, 0], bounds[:-1]), (
-            "segment_ids disagree with cu_seqlens"
-        )
-        padding = ids == 0
-        assert not self.patches.cpu()[padding].any(), "patches must be 0 in padding"
-        assert not self.position_ids.cpu()[padding].any(), "position_ids must be 0 in padding"
-        index = self.image_index.cpu()
-        filled = index >= 0
-        assert sorted(index[filled].tolist()) == list(range(num_images)), (
+        host = self.to("cpu")
+        host._check_segments()
+        host._check_tokens()
+        host._check_images()
+
+    def _check_segments(self) -> None:
+        """Segments, slots and the host-side tuples tell the same story."""
+        lengths, index = self.segment_lengths, self.image_index.tolist()
+        assert min(lengths, default=1) > 0, "a segment must hold at least one token"
+        bounds = [0, *accumulate(lengths)]
+        assert self.cu_seqlens.tolist() == bounds, "cu_seqlens disagrees with segment_lengths"
+        assert bounds[-1] == self.segment_ids.numel(), "segments must cover all B * L tokens"
+        runs: list[int] = []
+        images: list[int] = []
+        for ids, slots in zip(self.segment_ids.tolist(), index, strict=True):
+            found = [(value, len(list(run))) for value, run in groupby(ids)]
+            filled = sum(image >= 0 for image in slots)
+            in_order = [*range(1, filled + 1), *([0] if ids and ids[-1] == 0 else [])]
+            assert [value for value, _ in found] == in_order, (
+                "segment_ids must number the images of a sequence 1, 2, ... and end with padding, "
+                "one for each filled slot of image_index"
+            )
+            assert slots[filled:] == [-1] * (len(slots) - filled), "filled slots must come first"
+            runs += [length for _, length in found]
+            images += [slots[value - 1] if value else -1 for value, _ in found]
+        assert runs == list(lengths), "segment_ids disagree with segment_lengths"
+        assert images == list(self.segment_images), "segment_images disagrees with image_index"
+        assert sorted(image for image in images if image >= 0) == list(range(self.num_images)), (
             "each image must fill one slot"
         )
-        slots = torch.arange(1, index.shape[1] + 1)
-        images = [
-            index[i // self.seq_len, ids.flatten()[i] - 1] if ids.flatten()[i] else -1
-            for i in bounds[:-1]
-        ]
-        assert list(self.segment_images) == images, "segment_images disagrees with image_index"
-        present = (ids[:, :, None] == slots).any(1)
-        assert torch.equal(present, filled), "segment_ids and image_index name different slots"
-        assert torch.equal((self.grid_sizes.cpu() > 0).all(-1), filled), (
-            "grid_sizes must be set in filled slots alone"
+
+    def _check_tokens(self) -> None:
+        """Padding is 0, and every position lies in its image's grid."""
+        ids, positions, grids = self.segment_ids, self.position_ids, self.grid_sizes
+        padding = ids == 0
+        assert self.patches.shape[-1] == 3 * self.patch_size**2, "P must be 3 * patch_size ** 2"
+        assert not self.patches[padding].any(), "patches must be 0 in padding"
+        assert not positions[padding].any(), "position_ids must be 0 in padding"
+        filled = self.image_index >= 0
+        assert bool((grids[filled] > 0).all()), "grid_sizes must be positive in filled slots"
+        assert not grids[~filled].any(), "grid_sizes must be 0 in empty slots"
+        rows = torch.arange(len(ids))[:, None].expand_as(ids)[~padding]
+        inside = positions[~padding] < grids[rows, ids[~padding].long() - 1]
+        assert bool((inside & (positions[~padding] >= 0)).all()), (
+            "a position lies outside its image's grid"
         )
-        slot = (ids.long() - 1).clamp(min=0)[..., None].expand(-1, -1, 2)
-        if index.shape[1]:
-            grids = self.grid_sizes.cpu().gather(1, slot)
-            inside = (self.position_ids.cpu() < grids).all(-1) & (self.position_ids.cpu() >= 0).all(
-                -1
-            )
-            assert bool((inside | padding).all()), "a position lies outside its image's grid"
+
+    def _check_images(self) -> None:
+        """Whatever belongs to an image has one entry for each of the N."""
         for name in ("texts", "labels"):
             value = getattr(self, name)
-            assert value is None or len(value) == num_images, (
+            assert value is None or len(value) == self.num_images, (
                 f"{name} must have one entry per image"
             )
+        if self.patch_sizes is not None:
+            sizes = self.patch_sizes[self.image_index >= 0]
+            assert bool(((sizes > 0) & (sizes <= self.patch_size)).all()), (
+                "patch_sizes must be between 1 and patch_size"
+            )
+        if self.captions is not None:
+            self.captions.check(self.num_images)
 
 
 T = TypeVar("T", "PackedBatch", "PackedText")

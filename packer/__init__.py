@@ -1,0 +1,42 @@
+"""Native-resolution images packed into dense token sequences: the data side of NaViT."""
+
+from packer.batch import BatchStats, PackedBatch, PackedText
+from packer.captions import CaptionTokenizer
+from packer.collate import PackingCollator
+from packer.config import PackerConfig
+from packer.errors import SkipSample, TooManyFailures
+from packer.pack import pack
+from packer.plan.drop import BetaDrop, ConstantDrop, NoDrop
+from packer.plan.place import Placement
+from packer.plan.resize import FixedSide, Native, NoCrop, NormalSide, RandomCrop, UniformSide
+from packer.shards import write_shards
+from packer.stream import LoaderState, PackedStream
+from packer.transforms import ColorJitter, Compose, RandomFlip
+
+__all__ = [
+    "BatchStats",
+    "BetaDrop",
+    "CaptionTokenizer",
+    "ColorJitter",
+    "Compose",
+    "ConstantDrop",
+    "FixedSide",
+    "LoaderState",
+    "Native",
+    "NoCrop",
+    "NoDrop",
+    "NormalSide",
+    "PackedBatch",
+    "PackedStream",
+    "PackedText",
+    "PackerConfig",
+    "PackingCollator",
+    "Placement",
+    "RandomCrop",
+    "RandomFlip",
+    "SkipSample",
+    "TooManyFailures",
+    "UniformSide",
+    "pack",
+    "write_shards",
+]

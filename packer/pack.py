@@ -1,0 +1,298 @@
+"""`pack`: samples in, packed batches out; collator, dataset and stream stand on what is here."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packer.assemble import PlacedImage, assemble
+from packer.batch import BatchStats, PackedBatch
+from packer.captions import CaptionTokenizer
+from packer.config import PackerConfig
+from packer.decode import ImageInfo, read_size
+from packer.errors import SkipSample, TooManyFailures
+from packer.patchify import image_patches
+from packer.plan.image import plan_image
+from packer.plan.place import Placer
+from packer.plan.types import ImagePlan
+from packer.sample import Sample, as_sample
+
+Transform = Callable[[Tensor, torch.Generator], Tensor]
+logger = logging.getLogger("packer")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingImage:
+    """A planned image waiting for its place; its bytes are still encoded."""
+
+    plan: ImagePlan
+    info: ImageInfo
+    sample: Sample
+    ref: tuple[int, ...] = ()
+    """Where a stream finds the sample again: (epoch, shard, offset)."""
+    order: int = 0
+    """Rank among the batch's images; where ranks are equal, placement decides."""
+
+
+def plan_sample(
+    sample: Sample,
+    config: PackerConfig,
+    *,
+    epoch: int = 0,
+    ref: tuple[int, ...] = (),
+    order: int = 0,
+) -> PendingImage:
+    """Read the image's size from its header and plan it.
+
+    Raises:
+        SkipSample: If the header cannot be read, or the image is one the configuration refuses.
+    """
+    info = read_size(sample.image, max_pixels=config.max_pixels)
+    limit = config.max_aspect_ratio
+    if limit is not None and max(info.size) > limit * min(info.size):
+        raise SkipSample("aspect_ratio", f"{info.size} is beyond {limit}:1")
+    plan = plan_image(sample.key, info.size, config, epoch=epoch)
+    return PendingImage(plan, info, sample, ref, order)
+
+
+class SampleReader:
+    """Plans samples and keeps count of what was read and skipped.
+
+    A broken sample is skipped with its caption, counted by cause and logged; too many of them
+    without a good one between are fatal. Errors in the caller's data types are never skipped.
+    """
+
+    def __init__(self, config: PackerConfig) -> None:
+        self.config = config
+        self._samples_read = 0
+        self._skipped: Counter[str] = Counter()
+        self._noted: Counter[str] = Counter()
+        # Images are decoded long after they are read, many at a time: a good one of one stage says
+        # nothing about those that failed in the other.
+        self._failed_reads = 0
+        self._failed_decodes = 0
+
+    def read(
+        self, value: Any, *, epoch: int = 0, ref: tuple[int, ...] = (), order: int = 0
+    ) -> PendingImage | None:
+        """Plan one sample; None if it is skipped.
+
+        Raises:
+            TooManyFailures: After ``config.max_failures_in_row`` samples in a row that cannot be
+                read, or as many that cannot be decoded.
+        """
+        sample: Sample | None = None
+        try:
+            sample = as_sample(value)
+            image = plan_sample(sample, self.config, epoch=epoch, ref=ref, order=order)
+        except SkipSample as error:
+            self.skip_unread(error, "" if sample is None else sample.key)
+            return None
+        self._samples_read += 1
+        self._failed_reads = 0
+        return image
+
+    def skip_unread(self, error: SkipSample, key: str) -> None:
+        """Count and log a sample that was lost before it could be planned.
+
+        Raises:
+            TooManyFailures: If it is one too many in a row.
+        """
+        self._samples_read += 1
+        self._failed_reads += 1
+        self._skip(error, key, self._failed_reads)
+
+    def patches(self, image: PendingImage, transform: Transform | None) -> Tensor | None:
+        """Decode, resize and cut one image: uint8 (num_kept, P); None if it cannot be decoded.
+
+        Raises:
+            TooManyFailures: If it is one too many in a row.
+        """
+        try:
+            patches = image_patches(
+                image.sample.image,
+                image.info,
+                image.plan,
+                decode=self.config.decode,
+                keep_truncated=self.config.keep_truncated,
+                transform=transform,
+            )
+        except SkipSample as error:
+            self._failed_decodes += 1
+            self._skip(error, image.plan.key, self._failed_decodes)
+            return None
+        self._failed_decodes = 0
+        return patches
+
+    def _skip(self, error: SkipSample, key: str, in_row: int) -> None:
+        self._skipped[error.cause] += 1
+        logger.warning("skipped %s: %s: %s", key or "a sample", error.cause, error.detail)
+        if in_row >= self.config.max_failures_in_row:
+            raise TooManyFailures(
+                f"fewer than {self.config.max_failures_in_row} samples in a row may be skipped; "
+                f"the latest is {key or 'a sample'} ({error.cause}: {error.detail}). Check the "
+                "data, or raise max_failures_in_row."
+            ) from error
+
+    def note(self, cause: str, detail: str) -> None:
+        """Count and log a defect that did not cost the sample."""
+        self._noted[cause] += 1
+        logger.warning("noted %s: %s", cause, detail)
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether samples were skipped or noted since `take_stats`."""
+        return bool(self._skipped or self._noted)
+
+    def take_stats(self) -> BatchStats:
+        """Return the counts since the last call."""
+        stats = BatchStats(
+            samples_read=self._samples_read, skipped=dict(self._skipped), noted=dict(self._noted)
+        )
+        self._samples_read = 0
+        self._skipped.clear()
+        self._noted.clear()
+        return stats
+
+
+def build_batch(
+    sequences: Sequence[Sequence[PendingImage]],
+    config: PackerConfig,
+    reader: SampleReader,
+    *,
+    tokenizer: CaptionTokenizer | None = None,
+    transform: Transform | None = None,
+) -> PackedBatch:
+    """Execute a plan: decode every image of the sequences and assemble the batch."""
+    placed = [
+        [
+            PlacedImage(
+                plan=image.plan,
+                patches=reader.patches(image, transform),
+                caption=image.sample.caption(image.plan.caption_draw),
+                label=image.sample.label,
+                order=image.order,
+            )
+            for image in sequence
+        ]
+        for sequence in sequences
+    ]
+    return assemble(
+        placed,
+        seq_len=config.seq_len,
+        patch_size=config.patch_size,
+        max_images_per_seq=config.max_images_per_seq,
+        tokenizer=tokenizer,
+        max_text_tokens=config.max_text_tokens,
+        stats=reader.take_stats(),
+    )
+
+
+class PackEngine:
+    """The streaming engine: planned images wait in the placer, whole sequences wait to be a batch.
+
+    Args:
+        config: What is done to every image.
+        sequences_per_batch: B.
+        tokenizer: Turns captions into ``batch.captions``.
+        transform: Keyed pixel transform after the resize.
+    """
+
+    def __init__(
+        self,
+        config: PackerConfig,
+        *,
+        sequences_per_batch: int,
+        tokenizer: CaptionTokenizer | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        if sequences_per_batch < 1:
+            raise ValueError(f"sequences_per_batch must be at least 1; got {sequences_per_batch}.")
+        self.config = config
+        self.sequences_per_batch = sequences_per_batch
+        self.reader = SampleReader(config)
+        self.placer: Placer[PendingImage] = Placer(
+            config.seq_len, placement=config.placement, max_images=config.max_images_per_seq
+        )
+        self.ready: list[list[PendingImage]] = []
+        self._tokenizer = tokenizer
+        self._transform = transform
+
+    def add(self, value: Any, *, epoch: int = 0, ref: tuple[int, ...] = ()) -> None:
+        """Plan one sample and place it; a sample that must be skipped is counted."""
+        image = self.reader.read(value, epoch=epoch, ref=ref)
+        if image is not None:
+            self.ready += self.placer.push(image.plan.num_kept, image)
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """Yield batches of B whole sequences while there are enough."""
+        while len(self.ready) >= self.sequences_per_batch:
+            yield self._build()
+
+    def finish(self) -> Iterator[PackedBatch]:
+        """Place everything that waits and yield it; empty sequences fill the last batch.
+
+        Samples skipped since are counted in a batch without images.
+        """
+        self.ready += self.placer.flush()
+        while self.ready or self.reader.has_counts:
+            yield self._build()
+
+    def _build(self) -> PackedBatch:
+        size = self.sequences_per_batch
+        sequences, self.ready = self.ready[:size], self.ready[size:]
+        missing = size - len(sequences)
+        return build_batch(
+            [*sequences, *([] for _ in range(missing))],
+            self.config,
+            self.reader,
+            tokenizer=self._tokenizer,
+            transform=self._transform,
+        )
+
+
+def pack(
+    samples: Iterable[Any],
+    config: PackerConfig,
+    *,
+    sequences_per_batch: int,
+    tokenizer: CaptionTokenizer | None = None,
+    transform: Transform | None = None,
+    epoch: int = 0,
+) -> Iterator[PackedBatch]:
+    """Pack any iterable of samples into batches of ``sequences_per_batch`` dense sequences.
+
+    Args:
+        samples: Mappings with ``image`` and any of ``caption``, ``label``, ``key``; or pairs.
+        config: What is done to every image.
+        sequences_per_batch: B; the last batch is filled up with empty sequences.
+        tokenizer: Turns captions into ``batch.captions``.
+        transform: ``transform(uint8 (H, W, 3), torch.Generator) -> same shape``, after the resize.
+        epoch: Passes over the data before this one; other epochs draw other crops and tokens.
+
+    Returns:
+        Batches in placement order. Every sample is in exactly one batch or counted as skipped.
+        Samples skipped after the last image are counted in a final batch without images.
+
+    Raises:
+        ValueError: At once if a setting is out of range; on the way if a sample is none.
+        TooManyFailures: After ``config.max_failures_in_row`` skipped samples in a row.
+    """
+    engine = PackEngine(
+        config,
+        sequences_per_batch=sequences_per_batch,
+        tokenizer=tokenizer,
+        transform=transform,
+    )
+    return _run(engine, samples, epoch)
+
+
+def _run(engine: PackEngine, samples: Iterable[Any], epoch: int) -> Iterator[PackedBatch]:
+    for sample in samples:
+        engine.add(sample, epoch=epoch)
+        yield from engine.batches()
+    yield from engine.finish()
