@@ -99,8 +99,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate
 
 def main() -> int:
     """Run the subcommand named first; a wrong setting ends with its message and status 2."""
-    # Read when torch loads OpenMP. Threads that spin while they wait take the cores from the loader's
-    # workers: on 2 cores with one worker a step took ten times as long.
+    # Read when torch loads OpenMP. Threads that spin while they wait take the cores from the
+    # loader's workers: on 2 cores with one worker a step took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = sys.argv[1:]
     if not args or args[0] not in COMMANDS:

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import exp, log
@@ -132,6 +134,7 @@ def make_demo(
     Raises:
         ValueError: If a setting is out of range, or ``num_val`` exceeds the number of scenes that
             can be told apart.
+        RuntimeError: If several processes are to draw and none can be started.
     """
     settings = DemoSettings(num_train, num_val, scale, seed)
     if processes is not None and processes < 1:
@@ -245,9 +248,20 @@ def _mapper(processes: int) -> Iterator[Any]:
     if processes == 1:
         yield map
         return
-    # "spawn" everywhere: a fork of a process that runs threads (torch) may hang.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield lambda function, jobs: pool.imap(function, jobs, chunksize=32)
+    # "spawn" everywhere: a fork of a process that runs threads (torch) may hang. An executor and
+    # no Pool: where a script without `if __name__ == "__main__"` lets no process start, a Pool
+    # starts new ones for ever.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
+        try:
+            executor.submit(int).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "drawing in several processes needs a script whose own work stands below "
+                '`if __name__ == "__main__":`; the processes could not be started. Move it there, '
+                "or pass processes=1."
+            ) from error
+        yield lambda function, jobs: executor.map(function, jobs, chunksize=32)
 
 
 def _paths(folder: Path, settings: DemoSettings) -> DemoPaths:

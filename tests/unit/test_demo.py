@@ -334,3 +334,20 @@ def test_help_lists_the_subcommands() -> None:
         [sys.executable, "-m", "packer", "--help"], capture_output=True, text=True, check=True
     )
     assert "make-demo" in done.stdout
+
+
+def test_a_script_without_a_main_guard_is_told_so_and_does_not_start_processes_for_ever(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from packer.demo import make_demo\n"
+        f"make_demo({str(tmp_path / 'demo')!r}, num_train=4, num_val=0, processes=2)\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=60
+    )
+
+    assert done.returncode != 0
+    assert "needs a script whose own work stands below" in done.stderr
