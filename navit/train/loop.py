@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from navit.evaluate.encode import read_metadata
+from navit.evaluate.prompts import class_label
 from navit.evaluate.run import Evaluation, evaluate_clip
 from navit.loss import contrastive_loss
 from navit.model import CLIP
@@ -46,6 +48,8 @@ from packer.stream import LoaderState
 
 LOG_EVERY = 10
 """Steps between readings of the rates; the loss of every step is written."""
+SHAPE_SHARDS = 32
+"""Training shards read for the shape-only baseline: thousands of samples are enough for it."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +176,18 @@ class Trainer:
                 sequences_per_batch=self.config.sequences_per_batch,
                 device=self.device,
                 autocast_dtype=self.autocast_dtype,
-                train_metadata=read_metadata(self.train_shards),
+                train_metadata=self.shape_metadata,
                 progress=False,
             )
         log.write("eval", self.step, found.metrics)
         return found
+
+    @cached_property
+    def shape_metadata(self) -> dict[str, dict[str, Any]] | None:
+        """Json of training samples for the shape-only baseline; None where there are no classes."""
+        if not any(class_label(fields) for fields in read_metadata(self.val_shards).values()):
+            return None
+        return read_metadata(self.train_shards[:SHAPE_SHARDS])
 
     def save(self) -> Path:
         """Write a checkpoint of everything a resumed run needs."""
