@@ -7,6 +7,10 @@ from navit.model.attention import AttentionPlan, block_diagonal_attention
 from navit.model.config import TransformerConfig
 
 NORM_EPS = 1e-6
+INIT_STD = 0.02
+"""Standard deviation of a block's matrices at the start, those that write to the residual stream
+divided by sqrt(2 depth), as in GPT-2. ViT's own Xavier start has four times this at width 160; with
+Muon's steps of fixed size it took half as many steps again to the same loss."""
 
 
 class Attention(nn.Module):
@@ -24,9 +28,8 @@ class Attention(nn.Module):
         norm = nn.LayerNorm if config.qk_norm else nn.Identity
         self.q_norm = norm(self.head_dim, eps=NORM_EPS, bias=config.biases)
         self.k_norm = norm(self.head_dim, eps=NORM_EPS, bias=config.biases)
-        for part in self.qkv.weight.chunk(3):  # three square matrices, each with its own bound
-            nn.init.xavier_uniform_(part)
-        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.normal_(self.qkv.weight, std=INIT_STD)
+        nn.init.normal_(self.proj.weight, std=INIT_STD * (2 * config.depth) ** -0.5)
 
     def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
         """Mix each token with the others of its segment."""
@@ -45,8 +48,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(config.width, config.mlp_dim, bias=config.biases)
         self.fc2 = nn.Linear(config.mlp_dim, config.width, bias=config.biases)
         self.act = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
-        nn.init.xavier_uniform_(self.fc1.weight)
-        nn.init.xavier_uniform_(self.fc2.weight)
+        nn.init.normal_(self.fc1.weight, std=INIT_STD)
+        nn.init.normal_(self.fc2.weight, std=INIT_STD * (2 * config.depth) ** -0.5)
 
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         """Transform each row by itself."""

@@ -14,23 +14,25 @@ from navit.model.config import NaViTConfig
 
 
 class FourierFeatures(nn.Module):
-    """phi(r) = (sin(w r), cos(w r)) with learned angular frequencies w.
+    """phi(r) = a (sin(w r), cos(w r)) with learned angular frequencies w and amplitude a.
 
-    The frequencies start log-uniform between a quarter turn and eight turns a side: the slowest
-    tells one end of the image from the other, the fastest resolves sixteen patches. They are
-    random so that rows and columns start with different ones: with equal ones the sum would be
-    the same at (row, col) and (col, row), and left could not be told from above.
+    The frequencies start log-uniform between a quarter turn and two turns a side: smooth, so that
+    neighbouring patches start alike. They are random so that rows and columns start with different
+    ones: with equal ones the sum would be the same at (row, col) and (col, row), and left could
+    not be told from above. A learned amplitude starts at 0.3, below the size of a patch's vector:
+    at 1 the first block sees where a patch is before what it shows.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        turns = 2 ** torch.empty(width // 2).uniform_(math.log2(0.25), math.log2(8))
+        turns = 2 ** torch.empty(width // 2).uniform_(math.log2(0.25), math.log2(2))
         self.frequencies = nn.Parameter(2 * math.pi * turns)
+        self.amplitude = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, fraction: Float[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Embed positions in [0, 1)."""
         angle = fraction[:, None] * self.frequencies
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
+        return self.amplitude * torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class InterpolatedTable(nn.Module):

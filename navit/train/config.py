@@ -126,19 +126,23 @@ def pairs() -> TrainConfig:
             seq_len=512,
             max_tokens=100,
             resolution=UniformSide(40, 80),
-            crop=RandomCrop(0.4, 1.3),
-            token_drop=BetaDrop(0.35, 0.7),
+            crop=RandomCrop(0.25, 1.4),
+            token_drop=BetaDrop(0.5, 0.8),
         ),
         model=small_clip(),
         optim=OptimConfig(
-            learning_rate=3e-3, muon_learning_rate=8e-3, warmup_steps=20, cooldown_steps=600
+            learning_rate=2e-3,
+            muon_learning_rate=8e-3,
+            weight_decay=0.5,
+            warmup_steps=20,
+            cooldown_steps=600,
         ),
-        steps=1200,
+        steps=1000,
         sequences_per_batch=20,
-        ema_decay=0.98,
-        eval_every=100,
+        ema_decay=0.99,
+        eval_every=250,
         flip=0.5,
-        color_jitter=0.2,
+        color_jitter=0.4,
     )
 
 

@@ -60,7 +60,7 @@ def position(state: State, axis: str, fraction: float) -> Tensor:
     """Embed one fractional position by learned Fourier features or an interpolated table."""
     if f"pos_embed.{axis}.frequencies" in state:
         angle = state[f"pos_embed.{axis}.frequencies"] * fraction
-        return torch.cat([angle.sin(), angle.cos()])
+        return state[f"pos_embed.{axis}.amplitude"] * torch.cat([angle.sin(), angle.cos()])
     table = state[f"pos_embed.{axis}.table"]
     place = fraction * len(table)
     low = min(math.floor(place), len(table) - 1)

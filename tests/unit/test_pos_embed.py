@@ -55,4 +55,4 @@ def test_a_table_of_the_side_s_length_is_read_unchanged() -> None:
 @pytest.mark.parametrize("kind", ["fourier", "learned"])
 def test_a_fresh_model_can_tell_left_from_above(kind: str) -> None:
     """Equal functions of row and column would give (1, 3) and (3, 1) the same sum."""
-    assert (embed(kind, [1, 3], [4, 4]) - embed(kind, [3, 1], [4, 4])).norm() > 1
+    assert (embed(kind, [1, 3], [4, 4]) - embed(kind, [3, 1], [4, 4])).norm() > 0.3
