@@ -32,13 +32,14 @@ def train(args: Sequence[str]) -> int:
     trainer = Trainer(config, run)
     print(f"{run}: {trainer.describe()}", file=sys.stderr)
     result = trainer.train()
-    pictures = draw_results(result, trainer.val_shards)
     if result.evaluation is not None:
         summary = {"step": result.step, "metrics": result.evaluation.metrics}
         summary |= {"padding": result.stats.padding, "stats": to_plain(result.stats)}
         summary |= {"tokens_per_second": result.tokens_per_second}
         (run / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(format_run(result, pictures))
+    print(format_run(result))
+    pictures = draw_results(result, trainer.val_shards)
+    print("pictures:   " + "\n            ".join(map(str, pictures)))
     if result.step < trainer.config.steps:
         print(f"stopped early; go on with: navit train {name} --run {run} --resume ...")
     return 0

@@ -106,13 +106,22 @@ class SampleReader:
         self._failed_reads += 1
         self._skip(error, key, self._failed_reads)
 
-    def patches(self, image: PendingImage, transform: Transform | None) -> Tensor | None:
-        """Decode, resize and cut one image: uint8 (num_kept, P); None if it cannot be decoded.
+    def patches(
+        self, image: PendingImage, transform: Transform | None, *, need_caption: bool = False
+    ) -> Tensor | None:
+        """Decode, resize and cut one image: uint8 (num_kept, P); None if it must be skipped.
 
         Raises:
             TooManyFailures: If it is one too many in a row.
         """
         try:
+            caption = image.sample.caption(image.plan.caption_draw)
+            if (
+                need_caption
+                and self.config.missing_caption == "skip"
+                and not (caption or "").strip()
+            ):
+                raise SkipSample("missing_caption", "others of its batch have one")
             patches = image_patches(
                 image.sample.image,
                 image.info,
@@ -167,12 +176,17 @@ def build_batch(
     tokenizer: CaptionTokenizer | None = None,
     transform: Transform | None = None,
 ) -> PackedBatch:
-    """Execute a plan: decode every image of the sequences and assemble the batch."""
+    """Execute a plan: decode every image of the sequences and assemble the batch.
+
+    Where some images of the batch have a caption, those without one are skipped and counted, or
+    kept with "" (`PackerConfig.missing_caption`).
+    """
+    captioned = any(image.sample.captions for sequence in sequences for image in sequence)
     placed = [
         [
             PlacedImage(
                 plan=image.plan,
-                patches=reader.patches(image, transform),
+                patches=reader.patches(image, transform, need_caption=captioned),
                 caption=image.sample.caption(image.plan.caption_draw),
                 label=image.sample.label,
                 order=image.order,

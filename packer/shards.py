@@ -58,6 +58,14 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
         shards += found
     if not shards:
         raise ValueError("at least one tar shard must be given; got an empty list.")
+    by_name: dict[str, str] = {}
+    for path in shards:
+        other = by_name.setdefault(Path(path).name, path)
+        if other != path:
+            raise ValueError(
+                f"shards must have different file names, which are part of the samples' keys; got "
+                f"{other!r} and {path!r}. Rename one."
+            )
     return shards
 
 

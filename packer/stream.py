@@ -78,7 +78,8 @@ class PackedStream(IterableDataset[PackedBatch]):
         sequences_per_batch: B.
         tokenizer: Turns captions into ``batch.captions``.
         transform: ``transform(uint8 (H, W, 3), torch.Generator) -> same shape``, after the resize.
-        need: A sample without its caption or label is skipped and counted; None needs neither.
+        need: "caption" or "label": a sample without it is skipped and counted, and "caption" leaves
+            labels out; None needs neither and takes what is there.
         epochs: Passes over the data, after which what waits is flushed; None never ends. On
             several ranks a finite stream may give them different numbers of batches.
         shuffle_shards: Whether each epoch reads the shards in another order.

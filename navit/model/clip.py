@@ -55,6 +55,14 @@ class CLIP(PretrainedModel[CLIPConfig]):
         """The multiplier of the similarities, at most `max_logit_scale`."""
         return self.log_logit_scale.exp().clamp(max=self.config.max_logit_scale)
 
+    @torch.no_grad()
+    def limit_logit_scale_(self) -> None:
+        """Set a multiplier above `max_logit_scale` back to it; call after an optimizer step.
+
+        Clamped in the forward pass alone it would get no gradient there and never come back.
+        """
+        self.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
+
     def encode_image(self, batch: PackedBatch, *, normalize: bool = False) -> Float[Tensor, "N E"]:
         """Embed the images of a batch, in the order of its keys.
 

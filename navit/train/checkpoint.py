@@ -16,6 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 STATE_FILE = "state.json"
+FREE_SETTINGS = frozenset(
+    {"run", "resume", "shards", "val", "steps", "workers", "device", "eval_every", "tokenizer"}
+    | {"checkpoint_every", "keep_checkpoints", "max_bad_losses", "loss_chunk"}
+)
+"""Settings a continued run may change. Other shards are refused by the stream's own state."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,63 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: in
             _flush(path)
         _flush(partial)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
         _flush(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
+    for debris in folder.glob(".partial-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(debris, ignore_errors=True)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; under its own name it is whole or not there at any moment."""
+    going = checkpoint.with_name(f".partial-old-{checkpoint.name}-{os.getpid()}")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run folder holds a whole checkpoint."""
+    return bool(list_checkpoints(run / "checkpoints"))
+
+
+def check_same_run(stored: Any, given: Any, path: Path) -> None:
+    """Refuse to continue a run with settings that would make it another one.
+
+    Args:
+        stored: The checkpoint's configuration, as `navit.serialize.to_plain` gives it.
+        given: The configuration to continue with.
+        path: The checkpoint, for the message.
+
+    Raises:
+        ValueError: If they differ in more than `FREE_SETTINGS`; the message lists where.
+    """
+    differing = [
+        f"{name} was {a!r} and is {b!r}"
+        for name, a, b in _differences(stored, given, "")
+        if name.split(".")[0] not in FREE_SETTINGS
+    ]
+    if differing:
+        raise ValueError(
+            f"a run continues with its own settings, and {path} has others: "
+            f"{'; '.join(differing)}. Give the run's settings (they are in its config.json), or "
+            "start a new run."
+        )
+
+
+def _differences(a: Any, b: Any, name: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            found
+            for key in sorted({*a, *b})
+            for found in _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if a == b else [(name, a, b)]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

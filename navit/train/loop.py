@@ -24,7 +24,9 @@ from navit.model import CLIP
 from navit.serialize import to_plain
 from navit.train.checkpoint import (
     Checkpoint,
+    check_same_run,
     find_checkpoint,
+    has_checkpoint,
     load_checkpoint,
     rng_state,
     save_checkpoint,
@@ -96,7 +98,9 @@ class Trainer:
         self.bad_losses_in_row = 0
         self.bad_losses = 0
         self.last_loss = float("nan")
-        if config.resume:
+        self.saved: tuple[int, Path] | None = None
+        self.evaluated_at = -1
+        if config.resume and has_checkpoint(run):
             self._restore(find_checkpoint(run))
 
     def describe(self) -> str:
@@ -115,7 +119,6 @@ class Trainer:
             config, self.train_shards, self.tokenizer, self.device, self.loader_state
         )
         evaluation: Evaluation | None = None
-        checkpoint: Path | None = None
         timed = Throughput()
         seconds = 0.0
         with (
@@ -138,20 +141,21 @@ class Trainer:
                 if not (self.run / "packing.png").exists():
                     draw_batch(batch, self.run / "packing.png")
                 self._step(batch, log)
-                timed.add(batch.stats, waited)
-                seconds += perf_counter() - start
+                took = perf_counter() - start
+                timed.add(batch.stats, waited=waited, seconds=took)
+                seconds += took
                 if self.step % LOG_EVERY == 0 or self.step == config.steps:
                     rates = timed.read()
                     log.write("rates", self.step, rates)
                     self._show(rates)
+                # Before the evaluation, which a bad validation shard may end.
+                if self.step % config.checkpoint_every == 0:
+                    self.save()
                 if config.eval_every and self.step % config.eval_every == 0:
                     evaluation = self.evaluate(log)
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                    checkpoint = self.save()
-            if checkpoint is None or self.step % config.checkpoint_every:
-                checkpoint = self.save()
+            checkpoint = self.save()
             finished = self.step >= config.steps
-            if finished and not (config.eval_every and self.step % config.eval_every == 0):
+            if finished and self.evaluated_at != self.step:
                 evaluation = self.evaluate(log)
         return TrainResult(
             run=self.run,
@@ -180,6 +184,7 @@ class Trainer:
                 progress=False,
             )
         log.write("eval", self.step, found.metrics)
+        self.evaluated_at = self.step
         return found
 
     @cached_property
@@ -190,7 +195,9 @@ class Trainer:
         return read_metadata(self.train_shards[:SHAPE_SHARDS])
 
     def save(self) -> Path:
-        """Write a checkpoint of everything a resumed run needs."""
+        """Write a checkpoint of everything a resumed run needs, unless this step has one."""
+        if self.saved is not None and self.saved[0] == self.step:
+            return self.saved[1]
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizers.tensors()}
         if self.ema is not None:
             tensors["ema"] = self.ema.tensors()
@@ -199,11 +206,11 @@ class Trainer:
             "config": to_plain(self.config),
             "loader": self.loader_state.to_dict(),
             "stats": asdict(self.stats),
-            "bad_losses": self.bad_losses,
+            "bad_losses": [self.bad_losses, self.bad_losses_in_row],
             "rng": rng_state(),
             "tokenizer": self.tokenizer.hash,
         }
-        return save_checkpoint(
+        path = save_checkpoint(
             self.run / "checkpoints",
             self.step,
             Checkpoint(
@@ -211,10 +218,13 @@ class Trainer:
             ),
             keep=self.config.keep_checkpoints,
         )
+        self.saved = (self.step, path)
+        return path
 
     def _restore(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
         state = checkpoint.state
+        check_same_run(state["config"], to_plain(self.config), path)
         if state["tokenizer"] != self.tokenizer.hash:
             raise ValueError(
                 f"{path} was trained with another tokenizer (hash {state['tokenizer']}); got "
@@ -226,8 +236,10 @@ class Trainer:
             self.ema.load_tensors(checkpoint.tensors["ema"])
         self.loader_state = LoaderState.from_dict(state["loader"])
         self.stats = BatchStats(**state["stats"])
-        self.step, self.bad_losses = state["step"], state["bad_losses"]
+        self.step = state["step"]
+        self.bad_losses, self.bad_losses_in_row = state["bad_losses"]
         set_rng_state(state["rng"])
+        self.saved = (self.step, path)
 
     def _step(self, batch: PackedBatch, log: MetricsLog) -> None:
         """Take one optimizer step; a batch without images or with a bad loss takes none."""
@@ -243,11 +255,15 @@ class Trainer:
         if not isfinite(value):
             self._count_bad_loss(value, batch, log)
             return
-        self.bad_losses_in_row = 0
         self.optimizers.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizers.set_lr(factor)
-        norm = self.optimizers.step()  # itself skips a step whose gradients are not finite
+        norm = self.optimizers.step()
+        if not isfinite(norm):  # the optimizers left everything as it was
+            self._count_bad_loss(norm, batch, log)
+            return
+        self.bad_losses_in_row = 0
+        self.model.limit_logit_scale_()
         if self.ema is not None:
             self.ema.update(self.model)
         self.last_loss = value
@@ -283,9 +299,9 @@ class Trainer:
         log.write("bad_loss", self.step, {"loss": str(value), "keys": list(batch.keys)})
         if self.bad_losses_in_row >= self.config.max_bad_losses:
             raise NonFiniteLoss(
-                f"the loss must be finite; it was {value} {self.bad_losses_in_row} steps in a row. "
-                f"The keys of these batches are in {log.path}. Lower the learning rate, or look at "
-                "those samples."
+                f"loss and gradient norm must be finite; one was {value} in the last of "
+                f"{self.bad_losses_in_row} bad steps in a row. The keys of these batches are in "
+                f"{log.path}. Lower the learning rate, or look at those samples."
             )
 
     def _show(self, rates: dict[str, float]) -> None:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -65,26 +64,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Throughput:
-    """Images and kept tokens per second since the last reading, the waiting for data included."""
+    """Images and kept tokens per second of training steps, their waiting for data included.
+
+    Evaluations and checkpoints between the steps do not count.
+    """
 
     def __init__(self) -> None:
-        self._start = perf_counter()
-        self._waited = 0.0
+        self._seconds = self._waited = 0.0
         self._stats = BatchStats()
 
-    def add(self, stats: BatchStats, waited: float) -> None:
-        """Count a batch for which the step waited so many seconds."""
+    def add(self, stats: BatchStats, *, waited: float, seconds: float) -> None:
+        """Count a step's batch, the seconds it waited for it and the seconds it took in all."""
         self._stats = self._stats + stats
         self._waited += waited
+        self._seconds += seconds
 
     def read(self) -> dict[str, float]:
         """Return the rates since the last reading and start again."""
-        seconds = max(perf_counter() - self._start, 1e-9)
+        seconds = max(self._seconds, 1e-9)
         rates = {
             "images_per_second": self._stats.images / seconds,
             "tokens_per_second": self._stats.tokens / seconds,
             "padding": self._stats.padding,
             "data_wait": self._waited / seconds,
         }
-        self._start, self._waited, self._stats = perf_counter(), 0.0, BatchStats()
+        self._seconds, self._waited, self._stats = 0.0, 0.0, BatchStats()
         return rates

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from navit.train.checkpoint import has_checkpoint
 from navit.train.config import TrainConfig
 from packer.batch import PackedBatch
 from packer.captions import CaptionTokenizer
@@ -28,25 +30,31 @@ TOKENIZER_CAPTIONS = 100_000
 def resolve_run(config: TrainConfig, name: str) -> Path:
     """Return the run folder: the one named, the newest one to resume, or a new numbered one.
 
+    A named run that was stopped before its first checkpoint is resumed from its start.
+
     Raises:
         ValueError: If the folder already holds a run and it is not to be resumed.
         FileNotFoundError: If there is no run to resume.
     """
-    numbered = sorted(
-        path for path in RUNS_FOLDER.glob(f"{name}-*") if re.fullmatch(r".*-\d{3,}", path.name)
-    )
+    found = {
+        int(match[1]): path
+        for path in RUNS_FOLDER.glob(f"{name}-*")
+        if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
+    }
+    if config.resume and config.run is not None:
+        if not config.run.is_dir():
+            raise FileNotFoundError(f"there is no run in {config.run} to resume. Check the name.")
+        return config.run
     if config.resume:
-        if config.run is not None:
-            return config.run
-        if not numbered:
+        begun = [number for number, path in found.items() if has_checkpoint(path)]
+        if not begun:
             raise FileNotFoundError(
-                f"there is no {name} run below {RUNS_FOLDER}/ to resume. Name one with --run, or "
-                "start without --resume."
+                f"there is no {name} run below {RUNS_FOLDER}/ with a checkpoint to resume. Name a "
+                "run with --run, or start without --resume."
             )
-        return numbered[-1]
+        return found[max(begun)]
     if config.run is None:
-        last = int(numbered[-1].name.rsplit("-", 1)[1]) if numbered else 0
-        return RUNS_FOLDER / f"{name}-{last + 1:03d}"
+        return RUNS_FOLDER / f"{name}-{max(found, default=0) + 1:03d}"
     if (config.run / "metrics.jsonl").exists():
         raise ValueError(
             f"{config.run} already holds a run. Continue it with --resume, or name another folder."
@@ -80,6 +88,8 @@ def resolve_autocast(config: TrainConfig, device: torch.device) -> torch.dtype |
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
     # Without bf16 instructions the CPU emulates them, slower than float32.
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
 
@@ -132,7 +142,13 @@ def make_loader(
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if config.workers else None,
+        worker_init_fn=_ignore_sigterm if config.workers else None,
     )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Let the training process decide: `timeout` and schedulers send SIGTERM to the whole group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _transform(config: TrainConfig) -> Transform | None:

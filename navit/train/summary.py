@@ -1,5 +1,6 @@
 """What is printed and drawn when a run ends."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,19 +9,24 @@ import numpy.typing as npt
 
 from navit.evaluate.run import Evaluation
 from navit.train.loop import TrainResult
+from navit.train.metrics import read_metrics
 from navit.train.pictures import draw_loss, draw_retrieval
 from packer.batch import BatchStats
 from packer.decode import decode_rgb, read_size
+from packer.patchify import resize_uint8
 from packer.shards import IMAGE_EXTENSIONS, iter_shard
 
 MAX_GALLERY = 1000
-"""Validation pairs that retrieval.png draws from, the first ones; all their images are decoded."""
+"""Validation pairs that retrieval.png draws from, the first ones."""
+THUMBNAIL = 160
+"""Longest side in pixels of the images kept for it."""
 
 
 def draw_results(result: TrainResult, val_shards: Sequence[str]) -> list[Path]:
     """Draw loss.png and retrieval.png of a finished run; return all its pictures."""
     run = result.run
-    draw_loss(run / "metrics.jsonl", run / "loss.png")
+    if any(line["event"] == "train" for line in read_metrics(run / "metrics.jsonl")):
+        draw_loss(run / "metrics.jsonl", run / "loss.png")
     if result.evaluation is not None:
         draw_nearest(result.evaluation, val_shards, run / "retrieval.png")
     names = ("loss.png", "packing.png", "retrieval.png")
@@ -59,8 +65,8 @@ def format_metrics(metrics: Mapping[str, float], *, num_pairs: int) -> str:
     return "\n".join(lines)
 
 
-def format_run(result: TrainResult, pictures: Sequence[Path]) -> str:
-    """Lay out what a run ended with: quality, packing, speed, what was skipped, what to look at."""
+def format_run(result: TrainResult) -> str:
+    """Lay out what a run ended with: quality, packing, speed, what was skipped."""
     stats = result.stats
     parts = [f"{result.run}: {result.step:,} steps, {stats.images:,} images"]
     if result.evaluation is not None:
@@ -75,8 +81,6 @@ def format_run(result: TrainResult, pictures: Sequence[Path]) -> str:
     )
     parts.append(format_skipped(stats))
     parts.append(f"checkpoint: {result.checkpoint}")
-    if pictures:
-        parts.append("pictures:   " + "\n            ".join(str(path) for path in pictures))
     return "\n\n".join(parts)
 
 
@@ -92,6 +96,15 @@ def format_skipped(stats: BatchStats) -> str:
     return "\n".join(lines)
 
 
+def _thumbnail(data: bytes) -> npt.NDArray[np.uint8]:
+    # Every image here was encoded before, so the run's own limits have let it pass.
+    info = read_size(data, max_pixels=sys.maxsize)
+    scale = min(1.0, THUMBNAIL / max(info.size))
+    height, width = (max(1, round(side * scale)) for side in info.size)
+    pixels = decode_rgb(data, info, grid_pixels=(height, width), keep_truncated=True)
+    return resize_uint8(pixels, height, width).numpy()
+
+
 def _read_images(keys: set[str], shards: Sequence[str]) -> dict[str, npt.NDArray[np.uint8]]:
     """Decode the images of some keys: uint8 (H, W, 3) arrays."""
     found: dict[str, npt.NDArray[np.uint8]] = {}
@@ -99,7 +112,7 @@ def _read_images(keys: set[str], shards: Sequence[str]) -> dict[str, npt.NDArray
         for raw in iter_shard(shard, on_problem=lambda cause, detail: None):
             if raw.key in keys:
                 data = next(raw.members[name] for name in IMAGE_EXTENSIONS if name in raw.members)
-                found[raw.key] = decode_rgb(data, read_size(data)).numpy()
+                found[raw.key] = _thumbnail(data)
         if len(found) == len(keys):
             break
     return found

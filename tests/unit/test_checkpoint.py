@@ -6,6 +6,7 @@ import torch
 from navit.train import checkpoint as module
 from navit.train.checkpoint import (
     Checkpoint,
+    check_same_run,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -54,6 +55,24 @@ def test_a_step_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, make(2.0))
 
     assert load_checkpoint(path).state == {"step": 2}
+
+
+def test_debris_of_a_killed_writer_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".partial-00000001-999").mkdir()
+
+    save_checkpoint(tmp_path, 2, make(2.0))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_run_continues_with_its_own_settings() -> None:
+    stored = {"steps": 10, "optim": {"learning_rate": 1.0}, "packer": {"crop": {"type": "NoCrop"}}}
+
+    check_same_run(stored, {**stored, "steps": 20}, Path("step-1"))
+    with pytest.raises(
+        ValueError, match=r"step-1 has others: optim.learning_rate was 1.0 and is 2"
+    ):
+        check_same_run(stored, {**stored, "optim": {"learning_rate": 2.0}}, Path("step-1"))
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_debris(

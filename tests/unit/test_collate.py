@@ -202,3 +202,21 @@ def test_the_exception_of_a_worker_surfaces_with_its_message() -> None:
         load(items, workers=1)
     with pytest.raises(TooManyFailures, match="fewer than 2 samples in a row"):
         load([None] * 4, workers=1, max_failures_in_row=2)
+
+
+@pytest.mark.parametrize("empty", [None, "", "  "])
+def test_a_sample_without_caption_beside_captioned_ones_is_skipped_or_kept_as_set(
+    empty: str | None,
+) -> None:
+    image = torch.zeros(16, 16, 3, dtype=torch.uint8)
+    samples = [{"key": key, "image": image, "caption": key} for key in "abc"]
+    samples[1]["caption"] = empty
+
+    skipped = PackingCollator(PackerConfig(seq_len=8))(samples)
+    kept = PackingCollator(PackerConfig(seq_len=8, missing_caption="keep"))(samples)
+
+    assert skipped.keys == skipped.texts == ("a", "c")
+    assert skipped.stats.skipped == {"missing_caption": 1}
+    assert kept.keys == ("a", "b", "c")
+    assert kept.texts is not None
+    assert kept.texts[1].strip() == ""

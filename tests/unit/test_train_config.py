@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from navit.train.checkpoint import Checkpoint, save_checkpoint
 from navit.train.config import TrainConfig
 from navit.train.setup import resolve_run, resolve_shards
 
@@ -27,12 +28,16 @@ def test_runs_are_numbered_and_the_newest_is_resumed(
     monkeypatch.chdir(tmp_path)
 
     assert resolve_run(TrainConfig(), "demo") == Path("runs/demo-001")
-    for number in ("001", "009"):
+    for number in ("001", "999", "1000", "1001"):
         Path(f"runs/demo-{number}").mkdir(parents=True)
-    assert resolve_run(TrainConfig(), "demo") == Path("runs/demo-010")
-    assert resolve_run(TrainConfig(resume=True), "demo") == Path("runs/demo-009")
-    with pytest.raises(FileNotFoundError, match="there is no pairs run below runs/ to resume"):
+    for number in ("999", "1000"):
+        save_checkpoint(Path(f"runs/demo-{number}/checkpoints"), 1, Checkpoint({}, {}))
+    assert resolve_run(TrainConfig(), "demo") == Path("runs/demo-1002")
+    assert resolve_run(TrainConfig(resume=True), "demo") == Path("runs/demo-1000")
+    with pytest.raises(FileNotFoundError, match="there is no pairs run below runs/ with a check"):
         resolve_run(TrainConfig(resume=True), "pairs")
+    with pytest.raises(FileNotFoundError, match="there is no run in typo to resume"):
+        resolve_run(TrainConfig(resume=True, run=Path("typo")), "demo")
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
