@@ -242,7 +242,9 @@ def _draw_results(axes: Axes, results: dict[str, dict[int, float]]) -> None:
         0, min(1.02, 1.15 * max(max(points.values()) for points in results.values()) + 0.01)
     )
     axes.set_ylabel("validation")
-    axes.legend(frameon=False, title="last value", alignment="left")
+    axes.legend(
+        title="last value", alignment="left", ncols=2, fontsize=9, framealpha=0.85, edgecolor="none"
+    )
 
 
 def _same_text(texts: Sequence[str], image_texts: Sequence[str]) -> Bool[Tensor, "T N"]:
