@@ -119,7 +119,7 @@ def demo() -> TrainConfig:
 
 
 def pairs() -> TrainConfig:
-    """Train on a few thousand web-like pairs: about 15 minutes on 2 CPU cores."""
+    """Train on a few thousand web-like pairs: about 18 minutes on 2 CPU cores."""
     return TrainConfig(
         packer=PackerConfig(
             patch_size=8,

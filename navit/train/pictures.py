@@ -238,12 +238,12 @@ def _draw_results(axes: Axes, results: dict[str, dict[int, float]]) -> None:
             list(points), list(points.values()), marker="o", markersize=4, label=label, **look
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylim(
-        0, min(1.02, 1.15 * max(max(points.values()) for points in results.values()) + 0.01)
-    )
+    # A third of the height above the highest point is the legend's, so that it hides no line.
+    axes.set_ylim(0, 1.55 * max(max(points.values()) for points in results.values()) + 0.01)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 1])
     axes.set_ylabel("validation")
     axes.legend(
-        title="last value", alignment="left", ncols=2, fontsize=9, framealpha=0.85, edgecolor="none"
+        title="last value", alignment="left", ncols=2, fontsize=9, frameon=False, loc="upper left"
     )
 
 
