@@ -6,7 +6,7 @@ would reach if it cost nothing. In bfloat16 torch's fused attention is slow on a
 dense side runs matmul, softmax, matmul there, as the packed one does. The images' lengths differ,
 so attention itself costs the packed side more: mean(len^2) is 1.3 times mean(len)^2.
 
-Issue figure: packed forward + backward at least 0.93 of dense tokens/s, 2 CPU cores, ViT-S width,
+Wanted: packed forward + backward at least 0.93 of dense tokens/s, 2 CPU cores, ViT-S width,
 6 blocks, 32 images of mixed sizes.
 """
 

@@ -9,6 +9,7 @@ from packer.config import PackerConfig
 from packer.plan.place import pack_lengths
 from packer.plan.resize import UniformSide
 from packer.plan.simulate import laion_lengths, placement_report
+from tests.reference.placement import next_fit
 
 STRATEGIES = ("exact", "best_fit", "first_fit", "next_fit")
 
@@ -58,7 +59,7 @@ def _speed(n: int, pairs: int) -> dict[str, Any]:
     gc.disable()  # one pass over torch's objects takes longer than the whole next fit
     try:
         ratio = paired_ratio(
-            lambda: pack_lengths(lengths, 1024), lambda: _next_fit(lengths, 1024), pairs=pairs
+            lambda: pack_lengths(lengths, 1024), lambda: next_fit(lengths, 1024), pairs=pairs
         )
     finally:
         gc.enable()
@@ -67,22 +68,6 @@ def _speed(n: int, pairs: int) -> dict[str, Any]:
         f"{n / ratio.seconds_a:.0f} and {n / ratio.seconds_b:.0f} lengths/s"
     )
     return {"images": "LAION-like", "seq_len": 1024, "strategy": "exact", "speed": ratio}
-
-
-def _next_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
-    """Fill one sequence after another: the least any pure-Python placement can do."""
-    sequences: list[list[int]] = []
-    sequence: list[int] = []
-    room = seq_len
-    for index, length in enumerate(lengths):
-        if length > room:
-            sequences.append(sequence)
-            sequence = []
-            room = seq_len
-        sequence.append(index)
-        room -= length
-    sequences.append(sequence)
-    return sequences
 
 
 if __name__ == "__main__":

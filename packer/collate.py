@@ -48,7 +48,7 @@ class PackingCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, samples: Sequence[Any]) -> PackedBatch:
-        """Pack a list of samples (see DESIGN: mapping or pair) into one batch."""
+        """Pack samples (mappings or pairs, see `packer.sample.as_sample`) into one batch."""
         epoch = int(self._epoch.item())
         read = (self._reader.read(sample, epoch=epoch, order=i) for i, sample in enumerate(samples))
         images = [image for image in read if image is not None]

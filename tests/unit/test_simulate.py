@@ -1,4 +1,4 @@
-"""Simulation: sizes as FACTS of the data say, lengths as the plan gives them, honest reports."""
+"""Simulation: sizes as the LAION-400M fit says, lengths as the plan gives them, honest reports."""
 
 import numpy as np
 import pytest
