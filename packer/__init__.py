@@ -6,9 +6,18 @@ from packer.collate import PackingCollator
 from packer.config import PackerConfig
 from packer.errors import SkipSample, TooManyFailures
 from packer.pack import pack
-from packer.plan.drop import BetaDrop, ConstantDrop, NoDrop
+from packer.plan.drop import BetaDrop, ConstantDrop, NoDrop, ResolutionDrop, ScheduledDrop
 from packer.plan.place import Placement
-from packer.plan.resize import FixedSide, Native, NoCrop, NormalSide, RandomCrop, UniformSide
+from packer.plan.resize import (
+    FixedSide,
+    Native,
+    NoCrop,
+    NormalArea,
+    NormalSide,
+    RandomCrop,
+    UniformArea,
+    UniformSide,
+)
 from packer.shards import write_shards
 from packer.stream import LoaderState, PackedStream
 from packer.transforms import ColorJitter, Compose, RandomFlip
@@ -25,6 +34,7 @@ __all__ = [
     "Native",
     "NoCrop",
     "NoDrop",
+    "NormalArea",
     "NormalSide",
     "PackedBatch",
     "PackedStream",
@@ -34,8 +44,11 @@ __all__ = [
     "Placement",
     "RandomCrop",
     "RandomFlip",
+    "ResolutionDrop",
+    "ScheduledDrop",
     "SkipSample",
     "TooManyFailures",
+    "UniformArea",
     "UniformSide",
     "pack",
     "write_shards",

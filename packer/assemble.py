@@ -30,6 +30,8 @@ class PlacedImage:
     order: int = 0
     """Rank in the order of keys, captions, labels and pooled vectors; where ranks are equal,
     placement decides."""
+    num_filled: int = 0
+    """Of the plan's tokens, those kept beyond the number drawn, to fill the sequence."""
 
 
 def assemble(
@@ -99,6 +101,7 @@ def assemble(
         images=len(images),
         tokens=sum(image.plan.num_kept for image in images),
         tokens_before_drop=sum(image.plan.grid.num_tokens for image in images),
+        tokens_filled=sum(image.num_filled for image in images),
         places=num_rows * seq_len,
     )
     return PackedBatch(

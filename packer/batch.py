@@ -22,6 +22,9 @@ class BatchStats:
     """Kept tokens in this batch."""
     tokens_before_drop: int = 0
     """Tokens the same images had before token dropping."""
+    tokens_filled: int = 0
+    """Of `tokens`, those kept beyond an image's drawn number to fill its sequence
+    (`PackerConfig.fill_leftover`)."""
     places: int = 0
     """Token places of the batch, B * L; ``places - tokens`` is padding."""
     skipped: Mapping[str, int] = field(default_factory=dict)

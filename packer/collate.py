@@ -42,15 +42,25 @@ class PackingCollator:
         # Shared memory, so that set_epoch reaches workers that are already running.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._images_seen = torch.zeros((), dtype=torch.int64)
+        self._images_seen.share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other crops, resolutions and tokens from now on, in running workers too."""
         self._epoch.fill_(epoch)
 
+    def set_progress(self, images_seen: int) -> None:
+        """Tell schedules (`ScheduledDrop`) how many images the run has seen, in workers too."""
+        self._images_seen.fill_(images_seen)
+
     def __call__(self, samples: Sequence[Any]) -> PackedBatch:
         """Pack samples (mappings or pairs, see `packer.sample.as_sample`) into one batch."""
         epoch = int(self._epoch.item())
-        read = (self._reader.read(sample, epoch=epoch, order=i) for i, sample in enumerate(samples))
+        seen = int(self._images_seen.item())
+        read = (
+            self._reader.read(sample, epoch=epoch, images_seen=seen, order=i)
+            for i, sample in enumerate(samples)
+        )
         images = [image for image in read if image is not None]
         sequences = pack_lengths(
             [image.plan.num_kept for image in images],

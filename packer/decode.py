@@ -20,6 +20,7 @@ from packer.pillow import open_image, raised_in_pillow, reading, to_rgb
 from packer.plan.types import Box, ImageSize
 
 _ORIENTATION_TAG = 0x0112
+_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,15 +64,25 @@ def read_size(image: object, *, max_pixels: int = 178_000_000) -> ImageInfo:
         height, width = _check_array(image).shape[:2]
         info = ImageInfo(ImageSize(height, width), 1)
     else:
-        with reading():
+        with reading(max_pixels):
             opened = image if isinstance(image, Image.Image) else open_image(_as_bytes(image))
             info = _describe(opened)
-    height, width = info.size
+            _check_tile(opened, max_pixels)
+    check_pixels(info.size, max_pixels)
+    return info
+
+
+def check_pixels(size: ImageSize, max_pixels: int) -> None:
+    """Refuse an image without pixels (``decode_error``) or with more than ``max_pixels``.
+
+    Raises:
+        SkipSample: ``"decode_error"`` or ``"too_many_pixels"``.
+    """
+    height, width = size
     if min(height, width) < 1:
         raise SkipSample("decode_error", f"the image has {height} x {width} pixels")
     if height * width > max_pixels:
         raise SkipSample("too_many_pixels", f"{height} x {width}; max_pixels is {max_pixels}")
-    return info
 
 
 def decode_rgb(
@@ -109,7 +120,7 @@ def decode_rgb(
     if isinstance(image, np.ndarray | Tensor):
         return _crop_array(_check_array(image), box)
     stored = _stored_box(info, box)
-    with reading():
+    with reading(info.size.height * info.size.width):
         if isinstance(image, Image.Image):
             # Never drafted: that would change the caller's image.
             opened, scale = image, 1
@@ -166,6 +177,14 @@ def _orientation(opened: Image.Image) -> int:
             raise
         return 1  # damaged EXIF is no reason to lose the picture
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
+
+
+def _check_tile(opened: Image.Image, max_pixels: int) -> None:
+    """Refuse a TIFF whose tiles are too large: they are decoded whole, however small the image."""
+    tags = getattr(opened, "tag_v2", {})
+    width, height = tags.get(_TILE_WIDTH_TAG), tags.get(_TILE_LENGTH_TAG)
+    if isinstance(width, int) and isinstance(height, int) and width * height > max_pixels:
+        raise SkipSample("too_many_pixels", f"a tile of {height} x {width}")
 
 
 def _load(opened: Image.Image, info: ImageInfo, scale: int, *, keep_truncated: bool) -> None:

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from packer.assemble import PlacedImage, assemble
 from packer.batch import BatchStats, PackedBatch
 from packer.captions import CaptionTokenizer
 from packer.config import PackerConfig
-from packer.decode import ImageInfo, read_size
+from packer.decode import ImageInfo, check_pixels, read_size
 from packer.errors import SkipSample, TooManyFailures
 from packer.patchify import image_patches
+from packer.plan.fill import fill_leftover
 from packer.plan.image import plan_image
 from packer.plan.place import Placer
-from packer.plan.types import ImagePlan
+from packer.plan.types import ImagePlan, SequencePlan
 from packer.sample import Sample, as_sample
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
@@ -36,6 +37,8 @@ class PendingImage:
     """Where a stream finds the sample again: (epoch, shard, offset)."""
     order: int = 0
     """Rank among the batch's images; where ranks are equal, placement decides."""
+    images_seen: int = 0
+    """Images the run had seen when this one was planned; with the key it makes the plan again."""
 
 
 def plan_sample(
@@ -43,20 +46,34 @@ def plan_sample(
     config: PackerConfig,
     *,
     epoch: int = 0,
+    images_seen: int = 0,
     ref: tuple[int, ...] = (),
     order: int = 0,
+    info: ImageInfo | None = None,
 ) -> PendingImage:
-    """Read the image's size from its header and plan it.
+    """Plan a sample's image from its size.
+
+    Args:
+        sample: What is to be packed.
+        config: What is done to it.
+        epoch: Passes over the data before this one.
+        images_seen: Images the whole run has seen before this one; only schedules read it.
+        ref: Where a stream finds the sample again.
+        order: Rank among the batch's images.
+        info: Size and orientation where they are known; None reads the image's header.
 
     Raises:
         SkipSample: If the header cannot be read, or the image is one the configuration refuses.
     """
-    info = read_size(sample.image, max_pixels=config.max_pixels)
+    if info is None:
+        info = read_size(sample.image, max_pixels=config.max_pixels)
+    else:
+        check_pixels(info.size, config.max_pixels)
     limit = config.max_aspect_ratio
     if limit is not None and max(info.size) > limit * min(info.size):
         raise SkipSample("aspect_ratio", f"{info.size} is beyond {limit}:1")
-    plan = plan_image(sample.key, info.size, config, epoch=epoch)
-    return PendingImage(plan, info, sample, ref, order)
+    plan = plan_image(sample.key, info.size, config, epoch=epoch, images_seen=images_seen)
+    return PendingImage(plan, info, sample, ref, order, images_seen)
 
 
 class SampleReader:
@@ -77,9 +94,16 @@ class SampleReader:
         self._failed_decodes = 0
 
     def read(
-        self, value: Any, *, epoch: int = 0, ref: tuple[int, ...] = (), order: int = 0
+        self,
+        value: Any,
+        *,
+        epoch: int = 0,
+        images_seen: int = 0,
+        ref: tuple[int, ...] = (),
+        order: int = 0,
+        info: ImageInfo | None = None,
     ) -> PendingImage | None:
-        """Plan one sample; None if it is skipped.
+        """Plan one sample, with the arguments of `plan_sample`; None if it is skipped.
 
         Raises:
             TooManyFailures: After ``config.max_failures_in_row`` samples in a row that cannot be
@@ -88,7 +112,15 @@ class SampleReader:
         sample: Sample | None = None
         try:
             sample = as_sample(value)
-            image = plan_sample(sample, self.config, epoch=epoch, ref=ref, order=order)
+            image = plan_sample(
+                sample,
+                self.config,
+                epoch=epoch,
+                images_seen=images_seen,
+                ref=ref,
+                order=order,
+                info=info,
+            )
         except SkipSample as error:
             self.skip_unread(error, "" if sample is None else sample.key)
             return None
@@ -185,13 +217,16 @@ def build_batch(
     placed = [
         [
             PlacedImage(
-                plan=image.plan,
-                patches=reader.patches(image, transform, need_caption=captioned),
-                caption=image.sample.caption(image.plan.caption_draw),
+                plan=plan,
+                patches=reader.patches(
+                    replace(image, plan=plan), transform, need_caption=captioned
+                ),
+                caption=image.sample.caption(plan.caption_draw),
                 label=image.sample.label,
                 order=image.order,
+                num_filled=plan.num_kept - image.plan.num_kept,
             )
-            for image in sequence
+            for image, plan in zip(sequence, _plans(sequence, config), strict=True)
         ]
         for sequence in sequences
     ]
@@ -204,6 +239,12 @@ def build_batch(
         max_text_tokens=config.max_text_tokens,
         stats=reader.take_stats(),
     )
+
+
+def _plans(sequence: Sequence[PendingImage], config: PackerConfig) -> SequencePlan:
+    """Return the plans to execute; what waits keeps the drawn lengths, which a state can repeat."""
+    plans = tuple(image.plan for image in sequence)
+    return fill_leftover(plans, config.seq_len) if config.fill_leftover else plans
 
 
 class PackEngine:
@@ -236,9 +277,17 @@ class PackEngine:
         self._tokenizer = tokenizer
         self._transform = transform
 
-    def add(self, value: Any, *, epoch: int = 0, ref: tuple[int, ...] = ()) -> None:
-        """Plan one sample and place it; a sample that must be skipped is counted."""
-        image = self.reader.read(value, epoch=epoch, ref=ref)
+    def add(
+        self,
+        value: Any,
+        *,
+        epoch: int = 0,
+        images_seen: int = 0,
+        ref: tuple[int, ...] = (),
+        info: ImageInfo | None = None,
+    ) -> None:
+        """Plan one sample (see `plan_sample`) and place it; one that is skipped is counted."""
+        image = self.reader.read(value, epoch=epoch, images_seen=images_seen, ref=ref, info=info)
         if image is not None:
             self.ready += self.placer.push(image.plan.num_kept, image)
 
@@ -277,6 +326,7 @@ def pack(
     tokenizer: CaptionTokenizer | None = None,
     transform: Transform | None = None,
     epoch: int = 0,
+    images_seen: int = 0,
 ) -> Iterator[PackedBatch]:
     """Pack any iterable of samples into batches of ``sequences_per_batch`` dense sequences.
 
@@ -287,6 +337,7 @@ def pack(
         tokenizer: Turns captions into ``batch.captions``.
         transform: ``transform(uint8 (H, W, 3), torch.Generator) -> same shape``, after the resize.
         epoch: Passes over the data before this one; other epochs draw other crops and tokens.
+        images_seen: Images the run has seen before these; schedules (`ScheduledDrop`) go on there.
 
     Returns:
         Batches in placement order. Every sample is in exactly one batch or counted as skipped.
@@ -302,11 +353,13 @@ def pack(
         tokenizer=tokenizer,
         transform=transform,
     )
-    return _run(engine, samples, epoch)
+    return _run(engine, samples, epoch, images_seen)
 
 
-def _run(engine: PackEngine, samples: Iterable[Any], epoch: int) -> Iterator[PackedBatch]:
-    for sample in samples:
-        engine.add(sample, epoch=epoch)
+def _run(
+    engine: PackEngine, samples: Iterable[Any], epoch: int, images_seen: int
+) -> Iterator[PackedBatch]:
+    for seen, sample in enumerate(samples, images_seen):
+        engine.add(sample, epoch=epoch, images_seen=seen)
         yield from engine.batches()
     yield from engine.finish()

@@ -7,7 +7,9 @@ from packer.plan.resize import budget_from_side, plan_resize
 from packer.plan.types import ImagePlan, ImageSize
 
 
-def plan_image(key: str, size: ImageSize, config: PackerConfig, *, epoch: int = 0) -> ImagePlan:
+def plan_image(
+    key: str, size: ImageSize, config: PackerConfig, *, epoch: int = 0, images_seen: int = 0
+) -> ImagePlan:
     """Decide crop, grid and number of kept tokens of one image.
 
     Args:
@@ -15,6 +17,7 @@ def plan_image(key: str, size: ImageSize, config: PackerConfig, *, epoch: int = 
         size: Native size in pixels, after EXIF orientation.
         config: The packer's configuration.
         epoch: Passes over the data completed before this one.
+        images_seen: Images the whole run has seen before this one; only schedules read it.
 
     Returns:
         The plan; ``1 <= num_kept <= grid.num_tokens <= config.image_budget``.
@@ -29,7 +32,7 @@ def plan_image(key: str, size: ImageSize, config: PackerConfig, *, epoch: int = 
         max_tokens=budget_from_side(side, config.patch_size, config.image_budget),
         policy=config.resize,
     )
-    rate = config.token_drop.rate(grid.num_tokens, draws.drop_rate)
+    rate = config.token_drop.rate(grid.num_tokens, draws.drop_rate, images_seen)
     return ImagePlan(
         key=key,
         size=size,

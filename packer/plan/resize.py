@@ -2,13 +2,13 @@
 
 import random
 from dataclasses import dataclass
-from math import exp, isqrt, log, sqrt
+from math import ceil, exp, isqrt, log, sqrt
 from typing import Literal
 
 from packer.plan.draws import truncated_normal, uniform
 from packer.plan.types import Box, Grid, ImageSize
 
-ResizePolicy = Literal["shrink_only", "allow_enlarge"]
+ResizePolicy = Literal["shrink_only", "allow_enlarge", "fill_budget"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class NormalSide:
 
     def __post_init__(self) -> None:
         _check_range("NormalSide", self.low, self.high)
-        if not self.std > 0:
-            raise ValueError(f"NormalSide: std must be positive; got {self.std}. The paper uses 1.")
+        _check_std("NormalSide", self.std)
 
     def side(self, draw: int) -> float:
         """Return the side in pixels of the square of equal area."""
@@ -84,7 +83,58 @@ class NormalSide:
         return self.low + (u + 1) / 2 * (self.high - self.low)
 
 
-Resolution = Native | FixedSide | UniformSide | NormalSide
+@dataclass(frozen=True)
+class UniformArea:
+    """Draw the area uniformly between the squares of [low, high] pixels per image.
+
+    Larger images are more frequent than with `UniformSide` of the same bounds.
+
+    Source: NaViT (arXiv:2307.06304), section 3.2 "Variable resolution", sampling the area.
+    """
+
+    low: float = 64.0
+    """Side in pixels of the smallest square."""
+    high: float = 256.0
+    """Side in pixels of the largest square."""
+
+    def __post_init__(self) -> None:
+        _check_range("UniformArea", self.low, self.high)
+
+    def side(self, draw: int) -> float:
+        """Return the side in pixels of the square of equal area."""
+        return _side_of_area(uniform(draw), self.low, self.high)
+
+
+@dataclass(frozen=True)
+class NormalArea:
+    """Draw the area from a truncated normal.
+
+    A variate u ~ N(mean, std) truncated to [-1, 1] is mapped linearly to the areas of the squares
+    of [low, high] pixels.
+
+    Source: NaViT (arXiv:2307.06304), section 3.2 "Variable resolution", sampling the area.
+    """
+
+    low: float = 64.0
+    """Side in pixels of the smallest square."""
+    high: float = 256.0
+    """Side in pixels of the largest square."""
+    mean: float = -0.5
+    """Mean of u before truncation; -1 is the smallest area, 1 the largest."""
+    std: float = 1.0
+    """Standard deviation of u before truncation."""
+
+    def __post_init__(self) -> None:
+        _check_range("NormalArea", self.low, self.high)
+        _check_std("NormalArea", self.std)
+
+    def side(self, draw: int) -> float:
+        """Return the side in pixels of the square of equal area."""
+        u = truncated_normal(draw, self.mean, self.std, -1.0, 1.0)
+        return _side_of_area((u + 1) / 2, self.low, self.high)
+
+
+Resolution = Native | FixedSide | UniformSide | NormalSide | UniformArea | NormalArea
 
 
 @dataclass(frozen=True)
@@ -150,12 +200,13 @@ def plan_resize(
         patch_size: Side of a patch in pixels.
         max_tokens: Token budget before token dropping.
         policy: ``"shrink_only"`` leaves an image below the budget at its native resolution;
-            ``"allow_enlarge"`` enlarges it to meet the budget.
+            ``"allow_enlarge"`` enlarges it to meet the budget; ``"fill_budget"`` enlarges it too
+            and rounds sides up, to the grids of Hugging Face's and timm's NaFlex.
 
     Returns:
         Rows and columns of patches, each at least 1, with ``rows * cols <= max_tokens``. Sides
         are rounded down, so the aspect ratio holds to within one patch a side unless a side
-        would vanish (a 1 x 400 banner keeps one row).
+        would vanish (a 1 x 400 banner keeps one row). Only ``"fill_budget"`` rounds up.
 
     Raises:
         ValueError: If a side of ``size``, ``patch_size`` or ``max_tokens`` is not positive.
@@ -169,6 +220,8 @@ def plan_resize(
             f"size, patch_size and max_tokens must be positive; got {size}, {patch_size}, "
             f"{max_tokens}."
         )
+    if policy == "fill_budget":
+        return _fill_budget(height, width, patch_size, max_tokens)
     rows, cols = max(height // patch_size, 1), max(width // patch_size, 1)
     if rows * cols > max_tokens or policy == "allow_enlarge":  # integers: no float rounding
         rows = min(max(isqrt(max_tokens * height // width), 1), max_tokens)
@@ -181,6 +234,36 @@ def budget_from_side(side: float | None, patch_size: int, max_tokens: int) -> in
     if side is None:
         return max_tokens
     return min(max_tokens, max(1, int(side * side / (patch_size * patch_size))))
+
+
+def _fill_budget(height: int, width: int, patch_size: int, max_tokens: int) -> Grid:
+    """Find the largest scale whose grid, sides rounded up, has at most ``max_tokens`` patches.
+
+    It is the bisection NaFlex processors use, with their bounds: scales from 1e-6 to 100, known to
+    1e-5. Only the same steps in the same floats give the same grid for every size; the exact
+    largest scale would differ where it lies less than 1e-5 above the one found.
+    """
+    low, high, tolerance = 1e-6, 100.0, 1e-5
+    rows = cols = 1
+    while high - low >= tolerance:
+        scale = (low + high) / 2
+        # First times the scale, then by the patch size: another order rounds otherwise.
+        more_rows, more_cols = ceil(height * scale / patch_size), ceil(width * scale / patch_size)
+        if more_rows * more_cols <= max_tokens:
+            low, rows, cols = scale, more_rows, more_cols
+        else:
+            high = scale
+    return Grid(rows, cols)
+
+
+def _side_of_area(share: float, low: float, high: float) -> float:
+    """Return the side of the square that lies ``share`` of the way between two areas."""
+    return sqrt(low * low + share * (high * high - low * low))
+
+
+def _check_std(name: str, std: float) -> None:
+    if not std > 0:
+        raise ValueError(f"{name}: std must be positive; got {std}. The paper uses 1.")
 
 
 def _check_range(name: str, low: float, high: float) -> None:

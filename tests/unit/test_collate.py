@@ -14,7 +14,7 @@ from packer.captions import CaptionTokenizer
 from packer.collate import PackingCollator
 from packer.config import PackerConfig
 from packer.errors import TooManyFailures
-from packer.plan.drop import BetaDrop, ConstantDrop
+from packer.plan.drop import BetaDrop, ConstantDrop, ScheduledDrop
 from packer.plan.place import Placement
 from tests.helpers.samples import (
     BROKEN,
@@ -180,6 +180,23 @@ def test_set_epoch_reaches_workers_that_are_running() -> None:
         collator.set_epoch(epoch)
         expected.set_epoch(epoch)
         assert_same_batches(loader, [expected(samples[:4]), expected(samples[4:])])
+
+
+def test_set_progress_moves_a_schedule_in_workers_that_are_running() -> None:
+    samples = image_samples(8, unit=P)
+    settings = config(token_drop=ScheduledDrop(1000, -100, 0.2, 0.8))
+    collator, expected = PackingCollator(settings), PackingCollator(settings)
+    loader = DataLoader(
+        Items(samples), batch_size=4, num_workers=2, collate_fn=collator, persistent_workers=True
+    )
+    tokens = []
+    for images_seen in (0, 1000, 10_000):
+        collator.set_progress(images_seen)
+        expected.set_progress(images_seen)
+        batches = drain(loader)
+        assert_same_batches(batches, [expected(samples[:4]), expected(samples[4:])])
+        tokens.append(sum(batch.stats.tokens for batch in batches))
+    assert tokens[0] < tokens[1] < tokens[2]
 
 
 def test_a_collator_travels_to_spawned_workers() -> None:

@@ -13,7 +13,7 @@ from packer import ConstantDrop, PackerConfig, UniformSide
         ({"max_text_tokens": 0}, "max_text_tokens"),
         (
             {"resize": "squash"},
-            "resize must be one of 'shrink_only', 'allow_enlarge'; got 'squash'",
+            "resize must be one of 'shrink_only', 'allow_enlarge', 'fill_budget'; got 'squash'",
         ),
         ({"decode": "fast"}, "decode must be one of"),
         ({"missing_caption": "ignore"}, "missing_caption must be one of"),

@@ -1,17 +1,26 @@
+import random
 from math import isqrt, sqrt
 from statistics import fmean
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.siglip2.image_processing_pil_siglip2 import (
+    get_image_size_for_max_num_patches,
+)
 
 from packer.plan.draws import keyed_draws
 from packer.plan.resize import (
     FixedSide,
     Native,
     NoCrop,
+    NormalArea,
     NormalSide,
     RandomCrop,
+    ResizePolicy,
+    Resolution,
+    UniformArea,
     UniformSide,
     budget_from_side,
     plan_resize,
@@ -22,9 +31,9 @@ sides = st.integers(1, 6000)
 budgets = st.integers(1, 4096)
 
 
-@given(sides, sides, st.integers(1, 64), budgets, st.sampled_from(["shrink_only", "allow_enlarge"]))
+@given(sides, sides, st.integers(1, 64), budgets, st.sampled_from(get_args(ResizePolicy)))
 def test_the_grid_stays_within_the_budget_and_keeps_a_patch_a_side(
-    height: int, width: int, patch_size: int, max_tokens: int, policy: str
+    height: int, width: int, patch_size: int, max_tokens: int, policy: ResizePolicy
 ) -> None:
     grid = plan_resize(
         ImageSize(height, width), patch_size=patch_size, max_tokens=max_tokens, policy=policy
@@ -90,16 +99,49 @@ def test_sizes_that_are_not_positive_are_refused(bad: dict[str, object]) -> None
         (UniformSide(64, 256), 64, 256, 160),
         # E[u] of N(-0.5, 1) truncated to [-1, 1] is -0.1437: -0.5 + (phi(-.5) - phi(1.5)) / mass.
         (NormalSide(64, 256), 64, 256, 64 + (1 - 0.1437) / 2 * 192),
+        # The mean of sqrt(a) for a uniform on [64^2, 256^2]: 2/3 (256^3 - 64^3) / (256^2 - 64^2).
+        (UniformArea(64, 256), 64, 256, 179.2),
     ],
 )
 def test_drawn_sides_have_the_distributions_range_and_mean(
-    resolution: FixedSide | UniformSide | NormalSide, low: float, high: float, mean: float
+    resolution: Resolution, low: float, high: float, mean: float
 ) -> None:
     drawn = [resolution.side(keyed_draws(0, 0, str(i)).resolution) for i in range(20_000)]
 
     assert min(drawn) >= low
     assert max(drawn) <= high
     assert fmean(drawn) == pytest.approx(mean, abs=1.5)
+
+
+def test_drawn_areas_have_the_distributions_mean() -> None:
+    for resolution, mean in (
+        (UniformArea(64, 256), (64**2 + 256**2) / 2),
+        (NormalArea(64, 256), 64**2 + (1 - 0.1437) / 2 * (256**2 - 64**2)),
+        (NormalArea(64, 256, mean=0.0, std=50.0), (64**2 + 256**2) / 2),
+    ):
+        areas = [resolution.side(keyed_draws(0, 0, str(i)).resolution) ** 2 for i in range(20_000)]
+        assert 64**2 - 1e-6 <= min(areas) < 64**2 + 500
+        assert 256**2 - 500 < max(areas) <= 256**2 + 1e-6
+        assert fmean(areas) == pytest.approx(mean, rel=0.02)
+
+
+def test_filling_the_budget_gives_the_grids_of_hugging_faces_naflex() -> None:
+    """Equal for every size: 3,000 random ones, strips and enlargements beyond 100 included."""
+    rng = random.Random(7)
+    for _ in range(3_000):
+        height, width = (int(2 ** rng.uniform(0, 13)) for _ in range(2))
+        patch_size = rng.choice([14, 16, 32])
+        max_tokens = rng.choice([16, 64, 256, 576, 1024, 4096])
+        expected = get_image_size_for_max_num_patches(height, width, patch_size, max_tokens)
+
+        grid = plan_resize(
+            ImageSize(height, width),
+            patch_size=patch_size,
+            max_tokens=max_tokens,
+            policy="fill_budget",
+        )
+
+        assert (grid.rows * patch_size, grid.cols * patch_size) == expected, (height, width)
 
 
 def test_a_side_is_that_of_the_square_of_equal_area() -> None:
@@ -148,6 +190,8 @@ def test_no_crop_is_the_whole_image_and_a_full_crop_too() -> None:
         lambda: UniformSide(256, 64),
         lambda: NormalSide(0, 64),
         lambda: NormalSide(64, 128, std=0),
+        lambda: UniformArea(256, 64),
+        lambda: NormalArea(64, 128, std=-1),
         lambda: RandomCrop(0),
         lambda: RandomCrop(0.5, 0.9),
     ],
