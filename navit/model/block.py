@@ -1,7 +1,11 @@
 """The transformer block of both towers: pre-norm, query-key norm, no biases."""
 
+from collections.abc import Iterable
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from navit.model.attention import AttentionPlan, block_diagonal_attention
 from navit.model.config import TransformerConfig
@@ -57,11 +61,43 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+class Branch(nn.Module):
+    """What is done to the output of attention or MLP before it is added: layer scale, depth drop.
 
-    def __init__(self, config: TransformerConfig) -> None:
+    Stochastic depth (arXiv:1603.09382) is drawn per segment: an image, however many tokens it has,
+    keeps the branch or skips it, and kept ones are scaled by 1 / (1 - rate).
+    """
+
+    def __init__(self, config: TransformerConfig, drop_rate: float) -> None:
         super().__init__()
+        self.drop_rate = drop_rate
+        self.scale: nn.Parameter | None = None
+        if config.layer_scale is not None:
+            self.scale = nn.Parameter(torch.full((config.width,), config.layer_scale))
+
+    def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
+        """Scale the channels, and in training drop the branch of some segments."""
+        if self.scale is not None:
+            x = x * self.scale
+        if not self.training or not self.drop_rate:
+            return x
+        keep = torch.rand(len(plan.lengths), device=x.device) >= self.drop_rate
+        factor = keep.to(x.dtype) / (1 - self.drop_rate)
+        return x * factor.index_select(0, plan.segment_index)[:, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: Shape and choices.
+        index: Number of the block, from 0; stochastic depth rises with it.
+    """
+
+    def __init__(self, config: TransformerConfig, index: int = 0) -> None:
+        super().__init__()
+        drop_rate = config.drop_path * index / max(config.depth - 1, 1)
+        self.branch1, self.branch2 = Branch(config, drop_rate), Branch(config, drop_rate)
         self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
@@ -69,6 +105,30 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
         """Run the block on the tokens of all segments."""
-        x = x + self.attn(self.norm1(x), plan)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.branch1(self.attn(self.norm1(x), plan), plan)
+        out: Tensor = x + self.branch2(self.mlp(self.norm2(x)), plan)
         return out
+
+
+def make_blocks(config: TransformerConfig) -> nn.ModuleList:
+    """Return the blocks of a tower."""
+    return nn.ModuleList(Block(config, index) for index in range(config.depth))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Float[Tensor, "T D"], plan: AttentionPlan, checkpointing: bool
+) -> Float[Tensor, "T D"]:
+    """Run the blocks one after the other.
+
+    Args:
+        blocks: The blocks.
+        x: Tokens of all segments.
+        plan: The segments.
+        checkpointing: Keep only the tokens between blocks and run each again in the backward pass.
+    """
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, plan, use_reentrant=False)
+        else:
+            x = block(x, plan)
+    return x

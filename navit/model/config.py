@@ -5,8 +5,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 AttentionBackend = Literal["auto", "segments", "xformers"]
-PositionEmbedding = Literal["fourier", "learned"]
-Pooling = Literal["map", "mean"]
+PositionEmbedding = Literal["fourier", "learned", "sinusoidal", "grid"]
+PositionCoordinates = Literal["fractional", "absolute"]
+PositionCombination = Literal["sum", "product", "stack"]
+GridInterpolation = Literal["antialias", "corners", "bicubic", "bicubic_antialias"]
+Pooling = Literal["map", "mean", "cls"]
 Activation = Literal["gelu", "gelu_tanh"]
 
 T = TypeVar("T", bound="ModelConfig")
@@ -54,7 +57,10 @@ class TransformerConfig(ModelConfig):
     mlp_dim: int = 1536
     """Hidden size of a block's MLP."""
     pool: Pooling = "map"
-    """How a segment's tokens become one vector: attention pooling ("map") or their mean."""
+    """How a segment's tokens become one vector: attention pooling ("map"), their mean, or a class
+    token added to each segment ("cls", image tower only)."""
+    pool_mlp: bool = True
+    """Whether attention pooling ends with its residual MLP."""
     qk_norm: bool = True
     """Whether queries and keys are layer-normalised per head (NaViT section 3, ViT-22B)."""
     biases: bool = False
@@ -62,11 +68,27 @@ class TransformerConfig(ModelConfig):
     activation: Activation = "gelu"
     """Nonlinearity of the MLPs. The tanh form (SigLIP, big_vision) differs from the exact one by
     at most 0.0005, and takes 5 times its time on a CPU in bfloat16, as much as an MLP product."""
+    layer_scale: float | None = None
+    """Start of a learned factor per channel on what a block adds (CaiT, arXiv:2103.17239); None:
+    no factor."""
+    drop_path: float = 0.0
+    """Stochastic depth: share of segments that skip the last block's branches in training, rising
+    linearly from 0 at the first block; drawn per image, not per token."""
+    checkpointing: bool = False
+    """Whether blocks are run again in the backward pass instead of keeping their activations."""
     attention: AttentionBackend = "auto"
     """Backend of block-diagonal attention; "auto" picks by device, dtype and head size."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "width", "depth", "num_heads", "mlp_dim")
+        if self.layer_scale is not None and not self.layer_scale > 0:
+            raise ValueError(f"layer_scale must be positive, or None; got {self.layer_scale}.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1); got {self.drop_path}.")
+        if not self.pool_mlp and self.pool != "map":
+            raise ValueError(
+                f"pool_mlp=False needs pool 'map', whose MLP it leaves out; got {self.pool!r}."
+            )
         if self.width % self.num_heads:
             raise ValueError(
                 f"width must be a multiple of num_heads; got {self.width} and {self.num_heads}."
@@ -96,28 +118,65 @@ class TransformerConfig(ModelConfig):
 class NaViTConfig(TransformerConfig):
     """The image tower.
 
-    Positions are factorized and fractional: phi_y(row / rows) + phi_x(col / cols), summed, which
-    NaViT found best (arXiv:2307.06304, section 2.1 "Factorized & fractional positional
-    embeddings", section 3.4). Of the paper's phi (appendix C.1) the default is the learned Fourier
-    one: it has no table whose length would bound the resolution, and is smooth between the
-    fractions seen in training.
+    Positions are factorized, phi_y(row) and phi_x(col), and by default fractional and summed:
+    phi_y(row / rows) + phi_x(col / cols), which NaViT found best (arXiv:2307.06304, section 2.1
+    "Factorized & fractional positional embeddings", section 3.4). Of the paper's phi (appendix C.1)
+    the default is the learned Fourier one: it has no table whose length would bound the
+    resolution, and is smooth between the fractions seen in training. "grid" is the one learned
+    table over both axes of ViT and SigLIP, interpolated to each image's grid.
     """
 
     patch_size: int = 16
     """P: side of a square patch in pixels."""
     pos_embed: PositionEmbedding = "fourier"
-    """phi: learned Fourier features, or a learned table read with linear interpolation."""
+    """phi: learned Fourier features, a learned table read with linear interpolation, fixed
+    sinusoids; or "grid", a learned table over rows and columns together."""
+    pos_coordinates: PositionCoordinates = "fractional"
+    """What phi reads: position / side, or the position itself, in units of `pos_table_size`."""
+    pos_combine: PositionCombination = "sum"
+    """How a row's and a column's embedding become one: sum, product, or stacked halves."""
     pos_table_size: int = 16
-    """Entries per axis of the table of `pos_embed` "learned"; a side of as many patches reads them
-    unchanged."""
+    """Entries per axis of a learned table or grid, and the side in patches at which fractional and
+    absolute coordinates agree."""
+    pos_interpolation: GridInterpolation = "antialias"
+    """How a "grid" is read at another size: "antialias" (bilinear with antialias: SigLIP 2),
+    "corners" (bilinear, corners aligned: ViT), "bicubic" (SigLIP and CLIP in Hugging Face),
+    "bicubic_antialias" (timm)."""
+    num_registers: int = 0
+    """Learned tokens added to each image's own, dropped from the output (arXiv:2309.16588)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "patch_size", "pos_table_size")
+        if self.num_registers < 0:
+            raise ValueError(f"num_registers must not be negative; got {self.num_registers}.")
         _check_choice("pos_embed", self.pos_embed, get_args(PositionEmbedding))
-        if self.pos_embed == "fourier" and self.width % 2:
+        _check_choice("pos_coordinates", self.pos_coordinates, get_args(PositionCoordinates))
+        _check_choice("pos_combine", self.pos_combine, get_args(PositionCombination))
+        _check_choice("pos_interpolation", self.pos_interpolation, get_args(GridInterpolation))
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        if self.pos_embed == "grid":
+            if (self.pos_coordinates, self.pos_combine) != ("fractional", "sum"):
+                raise ValueError(
+                    "pos_embed 'grid' is one table over both axes, read at each image's own grid: "
+                    "pos_coordinates must be 'fractional' and pos_combine 'sum' (their defaults); "
+                    f"got {self.pos_coordinates!r} and {self.pos_combine!r}."
+                )
+            return
+        if self.pos_interpolation != "antialias":
             raise ValueError(
-                f"pos_embed 'fourier' needs an even width (sines and cosines); got {self.width}."
+                "pos_interpolation is for pos_embed 'grid'; got "
+                f"{self.pos_interpolation!r} with {self.pos_embed!r}."
+            )
+        halves = 2 if self.pos_combine == "stack" else 1
+        parts = halves if self.pos_embed == "learned" else 2 * halves
+        if self.width % parts:
+            raise ValueError(
+                f"pos_embed {self.pos_embed!r} with pos_combine {self.pos_combine!r} needs an even "
+                f"width, a multiple of {parts} (sines and cosines, stacked halves); got "
+                f"{self.width}."
             )
 
 
@@ -133,6 +192,8 @@ class TextConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "vocab_size", "max_tokens")
+        if self.pool == "cls":
+            raise ValueError("The text tower pools by 'map' or 'mean'; got 'cls'.")
 
 
 @dataclass(frozen=True)

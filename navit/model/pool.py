@@ -37,9 +37,10 @@ class AttentionPool(nn.Module):
     """Multi-head attention pooling (MAP): one learned query, the probe, asks each segment.
 
     The head is big_vision's and SigLIP's: attention with projections, then a residual MLP on its
-    layer-normalised output. As all segments share the probe, its query is folded into the key
-    projection, ``(W_k x_t) . q = x_t . (W_k^T q)``, and the value projection, being linear, follows
-    the weighted sum: the same numbers without two (T, D) x (D, D) products.
+    layer-normalised output, which ``pool_mlp=False`` leaves out. As all segments share the probe,
+    its query is folded into the key projection, ``(W_k x_t) . q = x_t . (W_k^T q)``, and the value
+    projection, being linear, follows the weighted sum: the same numbers without two
+    (T, D) x (D, D) products.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -50,8 +51,10 @@ class AttentionPool(nn.Module):
         self.k = nn.Linear(width, width, bias=config.biases)
         self.v = nn.Linear(width, width, bias=config.biases)
         self.proj = nn.Linear(width, width, bias=config.biases)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS, bias=config.biases)
-        self.mlp = Mlp(config)
+        self.has_mlp = config.pool_mlp
+        if self.has_mlp:
+            self.norm = nn.LayerNorm(width, eps=NORM_EPS, bias=config.biases)
+            self.mlp = Mlp(config)
         for layer in (self.q, self.k, self.v, self.proj):
             nn.init.xavier_uniform_(layer.weight)
 
@@ -65,7 +68,7 @@ class AttentionPool(nn.Module):
             if self.v.bias is not None:  # the weights of a segment sum to 1
                 out = out + self.v.bias
         out = self.proj(out)
-        pooled: Tensor = out + self.mlp(self.norm(out))
+        pooled: Tensor = out + self.mlp(self.norm(out)) if self.has_mlp else out
         return pooled
 
     def _scores(self, x: Tensor) -> Float[Tensor, "T H"]:
@@ -100,5 +103,5 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def make_pool(config: TransformerConfig) -> nn.Module:
-    """Return the pooling that the configuration names."""
+    """Return the pooling of a segment's own tokens; a class token needs none."""
     return AttentionPool(config) if config.pool == "map" else MeanPool()

@@ -11,7 +11,7 @@ from navit.model.attention import (
     resolve_backend,
     to_device,
 )
-from navit.model.block import NORM_EPS, Block
+from navit.model.block import NORM_EPS, make_blocks, run_blocks
 from navit.model.config import TextConfig
 from navit.model.pool import make_pool
 from packer.batch import PackedText
@@ -29,7 +29,7 @@ class TextTower(nn.Module):
         self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.pos_embed = nn.Embedding(config.max_tokens, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = make_blocks(config)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
         self.pool = make_pool(config)
         nn.init.normal_(self.token_embed.weight, std=config.width**-0.5)
@@ -65,8 +65,7 @@ class TextTower(nn.Module):
         plan = AttentionPlan(lengths, device, backend)
         x = self.token_embed(text.ids.index_select(0, to_device(tokens, device)))
         x = x + self.pos_embed(to_device(_positions(lengths), device))
-        for block in self.blocks:
-            x = block(x, plan)
+        x = run_blocks(self.blocks, x, plan, self.config.checkpointing)
         pooled: Tensor = self.pool(self.norm(x), plan)
         return pooled.index_select(0, to_device(np.argsort(order), device))
 

@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,11 +19,12 @@ from navit.model.attention import (
     resolve_backend,
     to_device,
 )
-from navit.model.block import NORM_EPS, Block
+from navit.model.block import NORM_EPS, make_blocks, run_blocks
 from navit.model.config import ModelConfig, NaViTConfig
 from navit.model.patch_embed import PatchEmbed
 from navit.model.pool import make_pool
-from navit.model.pos_embed import PositionEmbed
+from navit.model.pos_embed import make_pos_embed
+from navit.model.prefix import PrefixTokens
 from packer.batch import PackedBatch
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -119,6 +120,42 @@ def plan_tokens(batch: PackedBatch, config: NaViTConfig, *, dtype: torch.dtype) 
     )
 
 
+def gather_positions(
+    batch: PackedBatch, plan: TokenPlan
+) -> tuple[Int32[Tensor, "T 2"], Int32[Tensor, "T 2"]]:
+    """Return (row, col) of each real token and (rows, cols) of its image, in the plan's order."""
+    index, slots = plan.token_index, batch.grid_sizes.shape[1]
+    positions = batch.position_ids.flatten(0, 1).index_select(0, index)
+    segment = batch.segment_ids.flatten().index_select(0, index)
+    slot = index // max(batch.seq_len, 1) * slots + segment - 1
+    return positions, batch.grid_sizes.flatten(0, 1).index_select(0, slot)
+
+
+class Encoded(NamedTuple):
+    """Tokens after the last norm, in the plan's order."""
+
+    prefix: Float[Tensor, "N R D"] | None
+    """Class token and registers of each segment; None where there are none."""
+    tokens: Float[Tensor, "T D"]
+    """The patches' tokens."""
+
+
+class ImageTokens(NamedTuple):
+    """The tokens of one image, as dense features."""
+
+    tokens: Float[Tensor, "*place D"]
+    """(rows, cols, D) where no token was dropped, else (n, D) in the order of `positions`."""
+    positions: Int32[Tensor, "n 2"]
+    """(row, col) of each token in the image's grid."""
+    grid: tuple[int, int]
+    """(rows, cols) before dropping."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every patch of the grid has its token."""
+        return len(self.positions) == self.grid[0] * self.grid[1]
+
+
 @dataclass(frozen=True)
 class NaViTOutput:
     """What the image tower returns for a batch of N images and T tokens in B x L places."""
@@ -131,6 +168,10 @@ class NaViTOutput:
     """Where the packed tokens belong."""
     shape: tuple[int, int]
     """(B, L)."""
+    packed_positions: Int32[Tensor, "T 2"]
+    """(row, col) of each packed token."""
+    packed_grids: Int32[Tensor, "T 2"]
+    """(rows, cols) of each packed token's image."""
 
     @cached_property
     def tokens(self) -> Float[Tensor, "B L D"]:
@@ -138,6 +179,25 @@ class NaViTOutput:
         places = self.packed_tokens.new_zeros(self.shape[0] * self.shape[1], self.width)
         placed = places.index_copy(0, self.plan.token_index, self.packed_tokens)
         return placed.view(*self.shape, self.width)
+
+    def per_image(self) -> list[ImageTokens]:
+        """Return the tokens of each image, in the order of the batch's keys.
+
+        Reads grids and places back to the host, hence waits for the device.
+        """
+        lengths = list(self.plan.attention.lengths)
+        tokens, positions = (
+            x.split_with_sizes(lengths) for x in (self.packed_tokens, self.packed_positions)
+        )
+        starts = np.cumsum([0, *lengths])[:-1]
+        grids = self.packed_grids[to_device(starts, self.packed_grids.device)].tolist()
+        found = []
+        for place in self.plan.image_place.tolist():
+            image = ImageTokens(tokens[place], positions[place], tuple(grids[place]))
+            if image.is_complete:  # kept tokens are in rising order, so these are all, row by row
+                image = image._replace(tokens=image.tokens.view(*image.grid, -1))
+            found.append(image)
+        return found
 
     @property
     def width(self) -> int:
@@ -159,10 +219,11 @@ class NaViT(PretrainedModel[NaViTConfig]):
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__(config)
         self.patch_embed = PatchEmbed(config.patch_size, config.width, bias=config.biases)
-        self.pos_embed = PositionEmbed(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.pos_embed = make_pos_embed(config)
+        self.prefix = PrefixTokens(config)
+        self.blocks = make_blocks(config)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
-        self.pool = make_pool(config)
+        self.pool = None if config.pool == "cls" else make_pool(config)
 
     def forward(self, batch: PackedBatch) -> NaViTOutput:
         """Encode a packed batch on the device its tensors are on.
@@ -173,20 +234,31 @@ class NaViT(PretrainedModel[NaViTConfig]):
         """
         self.patch_embed.check_patch_size(batch.patch_size)
         plan = plan_tokens(batch, self.config, dtype=self.norm.weight.dtype)
-        x = self.embed(batch, plan)
-        for block in self.blocks:
-            x = block(x, plan.attention)
-        x = self.norm(x)
-        pooled = self.pool(x, plan.attention).index_select(0, plan.image_place)
-        return NaViTOutput(pooled, x, plan, (batch.segment_ids.shape[0], batch.seq_len))
+        positions, grids = gather_positions(batch, plan)
+        patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
+        x = self.encode(self.patch_embed(patches) + self.pos_embed(positions, grids), plan)
+        return NaViTOutput(
+            pooled=self.pooled(x, plan.attention).index_select(0, plan.image_place),
+            packed_tokens=x.tokens,
+            plan=plan,
+            shape=(batch.segment_ids.shape[0], batch.seq_len),
+            packed_positions=positions,
+            packed_grids=grids,
+        )
 
-    def embed(self, batch: PackedBatch, plan: TokenPlan) -> Float[Tensor, "T D"]:
-        """Embed the real tokens, in the plan's order: patch plus position."""
-        index, slots = plan.token_index, batch.grid_sizes.shape[1]
-        patches = batch.patches.flatten(0, 1).index_select(0, index)
-        positions = batch.position_ids.flatten(0, 1).index_select(0, index)
-        segment = batch.segment_ids.flatten().index_select(0, index)
-        slot = index // max(batch.seq_len, 1) * slots + segment - 1
-        grids = batch.grid_sizes.flatten(0, 1).index_select(0, slot)
-        tokens: Tensor = self.patch_embed(patches) + self.pos_embed(positions, grids)
-        return tokens
+    def encode(self, x: Float[Tensor, "T D"], plan: TokenPlan) -> "Encoded":
+        """Run blocks and last norm on embedded tokens, with the class token and the registers."""
+        again = self.config.checkpointing
+        if not self.prefix.count:
+            return Encoded(None, self.norm(run_blocks(self.blocks, x, plan.attention, again)))
+        longer = self.prefix.plan(plan.attention)
+        x = run_blocks(self.blocks, self.prefix.add(x, plan.attention), longer, again)
+        return Encoded(*self.prefix.split(self.norm(x), plan.attention))
+
+    def pooled(self, x: "Encoded", plan: AttentionPlan) -> Float[Tensor, "N D"]:
+        """Return one vector for each segment of the plan."""
+        if self.pool is None:
+            assert x.prefix is not None, "pool 'cls' adds a class token"
+            return x.prefix[:, 0]
+        vectors: Tensor = self.pool(x.tokens, plan)
+        return vectors

@@ -23,13 +23,26 @@ CONFIGS = [
     {"pool": "mean", "pos_embed": "learned", "pos_table_size": 3},
     {"pool": "map", "biases": True, "activation": "gelu_tanh"},
     {"pool": "mean", "qk_norm": False},
+    {"pool": "cls", "pos_embed": "grid", "pos_table_size": 3},
+    {"pool": "map", "pool_mlp": False, "num_registers": 2, "layer_scale": 0.5},
+    {"pool": "cls", "num_registers": 1, "pos_embed": "sinusoidal", "pos_combine": "product"},
+    {
+        "pool": "mean",
+        "pos_embed": "learned",
+        "pos_coordinates": "absolute",
+        "pos_combine": "stack",
+        "pos_table_size": 4,
+        "checkpointing": True,
+        "drop_path": 0.4,
+    },
+    {"pos_embed": "grid", "pos_interpolation": "bicubic", "pos_table_size": 3},
 ]
 
 
 def make_model(dtype: torch.dtype, **changes: object) -> NaViT:
     torch.manual_seed(0)
     config = NaViTConfig.named("tiny", patch_size=PATCH, width=32, mlp_dim=48, **changes)
-    model = NaViT(config).to(dtype)
+    model = NaViT(config).to(dtype).eval()  # stochastic depth is for training
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):  # away from ones and zeros
@@ -126,6 +139,12 @@ def plain_vector(model: NaViT, image: RandomImage) -> Tensor:
         image.grid,
         num_heads=model.config.num_heads,
         activation=model.config.activation,
+        embedding=dense_vit.Positions(
+            model.config.pos_coordinates,
+            model.config.pos_combine,
+            model.config.pos_table_size,
+            model.config.pos_interpolation,
+        ),
     )
 
 

@@ -5,11 +5,37 @@ formula: a full softmax matrix, separate keys and values, no packing.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a grid's places are embedded."""
+
+    coordinates: str = "fractional"
+    combine: str = "sum"
+    table_size: int = 16
+    interpolation: str = "antialias"
+
+    def embed(self, state: State, place: list[int], grid: tuple[int, int]) -> Tensor:
+        """Embed one (row, col): both coordinates' embeddings combined, or a resized table's."""
+        if "pos_embed.table" in state:
+            table = resized_table(state["pos_embed.table"], grid, self.interpolation)
+            return table[place[0], place[1]]
+        sides = grid if self.coordinates == "fractional" else (self.table_size, self.table_size)
+        parts = [
+            position(state, axis, p / side, self)
+            for axis, p, side in zip(("rows", "cols"), place, sides, strict=True)
+        ]
+        if self.combine == "stack":
+            return torch.cat(parts)
+        return parts[0] * parts[1] if self.combine == "product" else parts[0] + parts[1]
 
 
 def image_vector(
@@ -20,14 +46,14 @@ def image_vector(
     *,
     num_heads: int,
     activation: str = "gelu",
+    embedding: Positions = Positions(),
 ) -> Tensor:
     """Encode the kept patches (n, P) of one image at positions (n, 2) of its grid."""
-    return pool(
-        state,
-        image_tokens(state, patches, positions, grid, num_heads=num_heads, activation=activation),
-        num_heads,
-        activation,
-    )
+    x = encode(state, embed(state, patches, positions, grid, embedding), num_heads, activation)
+    extra = len(state.get("prefix.tokens", ()))
+    has_pool = any(name.startswith("pool.") for name in state)
+    # A class token stands first; registers are passed over.
+    return pool(state, x[extra:], num_heads, activation) if has_pool or not extra else x[0]
 
 
 def image_tokens(
@@ -38,14 +64,22 @@ def image_tokens(
     *,
     num_heads: int,
     activation: str = "gelu",
+    embedding: Positions = Positions(),
 ) -> Tensor:
-    """Encode one image into its tokens (n, D) after the last norm."""
+    """Encode one image into its patches' tokens (n, D) after the last norm."""
+    x = encode(state, embed(state, patches, positions, grid, embedding), num_heads, activation)
+    return x[len(state.get("prefix.tokens", ())) :]
+
+
+def embed(
+    state: State, patches: Tensor, positions: Tensor, grid: tuple[int, int], embedding: Positions
+) -> Tensor:
+    """Project patches, add positions, and put the class token and registers in front."""
     dtype = state["norm.weight"].dtype
     pixels = (patches.to(dtype) - 127.5) / 127.5
     x = pixels @ state["patch_embed.proj.weight"].T + state.get("patch_embed.proj.bias", 0)
-    for axis, (name, side) in enumerate(zip(("rows", "cols"), grid, strict=True)):
-        x = x + torch.stack([position(state, name, int(p) / side) for p in positions[:, axis]])
-    return encode(state, x, num_heads, activation)
+    x = x + torch.stack([embedding.embed(state, p, grid) for p in positions.tolist()])
+    return torch.cat([state["prefix.tokens"], x]) if "prefix.tokens" in state else x
 
 
 def caption_vector(
@@ -56,16 +90,67 @@ def caption_vector(
     return pool(state, encode(state, x, num_heads, activation), num_heads, activation)
 
 
-def position(state: State, axis: str, fraction: float) -> Tensor:
-    """Embed one fractional position by learned Fourier features or an interpolated table."""
-    if f"pos_embed.{axis}.frequencies" in state:
-        angle = state[f"pos_embed.{axis}.frequencies"] * fraction
-        return state[f"pos_embed.{axis}.amplitude"] * torch.cat([angle.sin(), angle.cos()])
-    table = state[f"pos_embed.{axis}.table"]
-    place = fraction * len(table)
-    low = min(math.floor(place), len(table) - 1)
-    high = min(low + 1, len(table) - 1)
-    return table[low] + (place - low) * (table[high] - table[low])
+def position_2d(
+    state: State,
+    place: list[int],
+    grid: tuple[int, int],
+    coordinates: str = "fractional",
+    combine: str = "sum",
+    table_size: int = 16,
+    interpolation: str = "antialias",
+) -> Tensor:
+    """Embed one position of a grid: a row's and a column's embedding combined, or a table's."""
+    if "pos_embed.table" in state:
+        return resized_table(state["pos_embed.table"], grid, interpolation)[place[0], place[1]]
+    if coordinates == "absolute":
+        grid = (table_size, table_size)
+    parts = [
+        position(state, axis, p / side, table_size)
+        for axis, p, side in zip(("rows", "cols"), place, grid, strict=True)
+    ]
+    if combine == "stack":
+        return torch.cat(parts)
+    return parts[0] * parts[1] if combine == "product" else parts[0] + parts[1]
+
+
+def resized_table(table: Tensor, grid: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize a table (n * n, D) to (rows, cols, D) by torch's own interpolation."""
+    side = math.isqrt(len(table))
+    options: dict[str, Any] = {
+        "antialias": {"mode": "bilinear", "antialias": True},
+        "corners": {"mode": "bilinear", "align_corners": True},
+        "bicubic": {"mode": "bicubic"},
+        "bicubic_antialias": {"mode": "bicubic", "antialias": True},
+    }[interpolation]
+    image = table.view(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(image, grid, **options)
+    return resized[0].permute(1, 2, 0)
+
+
+def position(
+    state: State, axis: str, coordinate: float, embedding: Positions = Positions()
+) -> Tensor:
+    """Embed one coordinate: Fourier features, fixed sinusoids or an interpolated table."""
+    part = {
+        name.removeprefix(f"pos_embed.{axis}."): value
+        for name, value in state.items()
+        if name.startswith(f"pos_embed.{axis}.")
+    }
+    if "table" in part:
+        table = part["table"]
+        place = coordinate * len(table)
+        low = min(math.floor(place), len(table) - 1)
+        high = min(low + 1, len(table) - 1)
+        return table[low] + (place - low) * (table[high] - table[low])
+    if "frequencies" in part:
+        angle = part["frequencies"] * coordinate
+    else:  # the transformer's (arXiv:1706.03762, section 3.5), in patches
+        half = len(state["norm.weight"]) // (4 if embedding.combine == "stack" else 2)
+        place = coordinate * embedding.table_size
+        shift = 0.5 if axis == "cols" and embedding.combine != "stack" else 0
+        angles = [place / 10_000 ** ((i + shift) / half) for i in range(half)]
+        angle = torch.tensor(angles, dtype=torch.float64).to(part["amplitude"])
+    return part["amplitude"] * torch.cat([angle.sin(), angle.cos()])
 
 
 def encode(state: State, x: Tensor, num_heads: int, activation: str) -> Tensor:
@@ -77,8 +162,10 @@ def encode(state: State, x: Tensor, num_heads: int, activation: str) -> Tensor:
             for name, value in state.items()
             if name.startswith(f"blocks.{i}.")
         }
-        x = x + self_attention(block, norm(block, "norm1", x), num_heads)
-        x = x + mlp(block, norm(block, "norm2", x), activation)
+        added = self_attention(block, norm(block, "norm1", x), num_heads)
+        x = x + block.get("branch1.scale", 1) * added
+        added = mlp(block, norm(block, "norm2", x), activation)
+        x = x + block.get("branch2.scale", 1) * added
     return norm(state, "norm", x)
 
 

@@ -46,6 +46,24 @@ def test_sizes_are_those_of_the_vit_papers() -> None:
         (lambda: NaViTConfig(patch_size=-1), ["patch_size", "-1"]),
         (lambda: TextConfig(vocab_size=0), ["vocab_size"]),
         (lambda: CLIPConfig(init_logit_scale=200.0), ["max_logit_scale", "200"]),
+        (lambda: NaViTConfig(width=390, pos_combine="stack"), ["multiple of 4", "390"]),
+        (
+            lambda: NaViTConfig(pos_embed="grid", pos_combine="product"),
+            ["one table over both axes", "'product'"],
+        ),
+        (
+            lambda: NaViTConfig(pos_embed="grid", pos_coordinates="absolute"),
+            ["one table over both axes", "'absolute'"],
+        ),
+        (
+            lambda: NaViTConfig(pos_interpolation="bicubic"),
+            ["for pos_embed 'grid'", "'bicubic'", "'fourier'"],
+        ),
+        (lambda: NaViTConfig(pool="mean", pool_mlp=False), ["needs pool 'map'", "'mean'"]),
+        (lambda: NaViTConfig(num_registers=-1), ["num_registers", "-1"]),
+        (lambda: NaViTConfig(layer_scale=0.0), ["layer_scale must be positive", "0.0"]),
+        (lambda: NaViTConfig(drop_path=1.0), ["drop_path must be in [0, 1)", "1.0"]),
+        (lambda: TextConfig(pool="cls"), ["'map' or 'mean'", "'cls'"]),
     ],
 )
 def test_an_error_names_what_must_hold_and_what_was_found(make, words: list[str]) -> None:

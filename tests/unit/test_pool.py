@@ -14,14 +14,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("kind", ["map", "mean"])
+@pytest.mark.parametrize("kind", ["map", "map without mlp", "mean"])
 @settings(max_examples=10, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), seed=st.integers(0, 99))
 def test_each_segment_is_pooled_by_itself(
     kind: str, biases: bool, lengths: list[int], seed: int
 ) -> None:
     torch.manual_seed(seed)
-    pool = make_pool(NaViTConfig.named("tiny", width=16, pool=kind, biases=biases)).double()
+    choice = {"pool": kind} if kind != "map without mlp" else {"pool": "map", "pool_mlp": False}
+    pool = make_pool(NaViTConfig.named("tiny", width=16, biases=biases, **choice)).double()
     for parameter in pool.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     state = {f"pool.{name}": value for name, value in pool.named_parameters()}

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from navit import CLIP, CLIPConfig, NaViT, NaViTConfig, TextConfig
-from tests.helpers.batches import pack_images, random_images
+from navit.model.attention import AttentionPlan
+from navit.model.block import Branch
+from tests.helpers.batches import RandomImage, pack_images, random_images
 
 
 def tiny(**changes: object) -> NaViT:
@@ -14,10 +16,18 @@ def tiny(**changes: object) -> NaViT:
     return NaViT(NaViTConfig.named("tiny", patch_size=4, **changes))
 
 
-@pytest.mark.parametrize("pool", ["map", "mean"])
-def test_an_empty_batch_gives_no_vector_and_zero_gradients(pool: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pool": "map"},
+        {"pool": "mean"},
+        {"pool": "cls", "num_registers": 2},
+        {"pos_embed": "grid", "layer_scale": 0.1, "drop_path": 0.5, "checkpointing": True},
+    ],
+)
+def test_an_empty_batch_gives_no_vector_and_zero_gradients(changes: dict[str, object]) -> None:
     """A rank without images still enters every collective, so every gradient must exist."""
-    model = tiny(pool=pool)
+    model = tiny(**changes)
     output = model(pack_images([], patch_size=4, seq_len=8))
     assert output.pooled.shape == (0, 64)
     assert output.tokens.shape == (0, 8, 64)
@@ -81,3 +91,86 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         NaViT.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         NaViT.from_pretrained(tmp_path / "nowhere")
+
+
+# Dense features
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "cls", "num_registers": 3}])
+def test_per_image_tokens_are_grids_where_nothing_was_dropped(changes: dict[str, object]) -> None:
+    model = tiny(**changes).double()
+    whole = random_images(4, seed=1, drop=False)
+    ragged = [image for image in random_images(30, seed=2) if len(image.patches) < len_of(image)]
+    images = [whole[0], *ragged[:3], *whole[1:]]
+    batch = pack_images(images, patch_size=4, seq_len=40)
+
+    output = model(batch)
+
+    found = output.per_image()
+    assert len(found) == len(images)
+    for item, image in zip(found, images, strict=True):
+        [alone] = model(pack_images([image], patch_size=4)).per_image()
+        complete = len(image.patches) == len_of(image)
+        assert item.is_complete == complete
+        assert item.grid == image.grid
+        assert torch.equal(item.positions, image.positions)
+        expected = (*image.grid, 64) if complete else (len(image.patches), 64)
+        assert item.tokens.shape == alone.tokens.shape == expected
+        torch.testing.assert_close(item.tokens, alone.tokens, rtol=0, atol=1e-10)
+    # The same numbers as in their places in the sequences.
+    flat = torch.cat([item.tokens.reshape(-1, 64) for item in found])
+    assert flat.sum().item() == pytest.approx(output.tokens.sum().item())
+
+
+def len_of(image: RandomImage) -> int:
+    return image.grid[0] * image.grid[1]
+
+
+def test_an_empty_batch_has_no_image_tokens() -> None:
+    assert tiny()(pack_images([], patch_size=4, seq_len=8)).per_image() == []
+
+
+# Stochastic depth and checkpointing
+
+
+def test_stochastic_depth_is_drawn_per_image_and_keeps_the_mean() -> None:
+    """Every token of an image takes a branch or skips it; what is kept is scaled up."""
+    config = NaViTConfig.named("tiny", depth=2, drop_path=0.4)
+    branch = Branch(config, 0.4).train()
+    lengths = tuple(range(1, 2001))
+    plan = AttentionPlan(lengths, torch.device("cpu"))
+    torch.manual_seed(0)
+    out = branch(torch.ones(sum(lengths), 64), plan)
+    factors = torch.stack([part.unique() for part in out.split_with_sizes(list(lengths))])
+    assert factors.shape == (2000, 1), "one factor for all tokens and channels of a segment"
+    assert sorted(factors.unique().tolist()) == pytest.approx([0.0, 1 / 0.6])
+    assert factors.mean().item() == pytest.approx(1.0, abs=0.06)
+    assert torch.equal(branch.eval()(out, plan), out)
+
+
+def test_stochastic_depth_rises_with_the_block() -> None:
+    blocks = tiny(depth=5, drop_path=0.4).blocks
+    assert [block.branch1.drop_rate for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_checkpointing_changes_no_gradient_and_keeps_fewer_activations() -> None:
+    batch = pack_images(random_images(9, seed=0), patch_size=4, seq_len=60)
+    saved: list[list[int]] = []
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny(checkpointing=checkpointing, drop_path=0.3, depth=4).train()
+        torch.manual_seed(1)
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(batch).pooled.square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        saved.append(sizes)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    assert sum(saved[1]) < sum(saved[0]) / 2
