@@ -18,13 +18,12 @@ whole encoder runs in that order on (T, D) tensors and only what leaves it is pu
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,7 +36,6 @@ Matmul, softmax, matmul takes a third of the time of torch's fused kernel there,
 backward, on 32 images of 36 to 256 tokens and a sixth on 256 segments of 40; in float32 the two
 are equal. Longer segments use the fused kernel for its memory.
 """
-XFORMERS_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,17 @@ class AttentionPlan:
     device: torch.device
     """Where the tokens are."""
     backend: AttentionBackend = "segments"
-    """Backend that runs the attention: "segments" or "xformers"."""
+    """Backend that runs the attention: "segments", "xformers" or "varlen"."""
+    causal: bool = False
+    """Whether a token sees only itself and those before it in its segment."""
 
     def __post_init__(self) -> None:
         if min(self.lengths, default=1) < 1:
             raise ValueError(f"Segment lengths must be positive; got {min(self.lengths)}.")
-        if self.backend not in ("segments", "xformers"):
+        if self.backend not in ("segments", "xformers", "varlen"):
             raise ValueError(
-                f"A plan's backend must be 'segments' or 'xformers'; got {self.backend!r}. "
-                "Resolve 'auto' with resolve_backend."
+                "A plan's backend must be 'segments', 'xformers' or 'varlen'; got "
+                f"{self.backend!r}. Resolve 'auto' with resolve_backend."
             )
 
     @property
@@ -105,10 +105,17 @@ class AttentionPlan:
 
     @cached_property
     def xformers_mask(self) -> Any:
-        """The segments as xformers' `BlockDiagonalMask`; imports xformers."""
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+        """The segments as xformers' block-diagonal mask; imports xformers."""
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
 
-        return BlockDiagonalMask.from_seqlens(list(self.lengths), device=self.device)
+        kind = BlockDiagonalCausalMask if self.causal else BlockDiagonalMask
+        return kind.from_seqlens(list(self.lengths), device=self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Int32[Tensor, " N_plus_1"]:
+        """Boundaries of the segments in token order, on the plan's device."""
+        bounds = np.cumsum([0, *self.lengths], dtype=np.int32)
+        return to_device(bounds, self.device)
 
 
 def order_by_length(
@@ -134,45 +141,12 @@ def order_by_length(
     return tuple(ordered.tolist()), order, tokens
 
 
-def to_device(array: Int64[np.ndarray, "..."], device: torch.device) -> Int64[Tensor, "..."]:
+def to_device(array: Int[np.ndarray, "..."], device: torch.device) -> Int[Tensor, "..."]:
     """Move a host array to the device without waiting for it."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def resolve_backend(
-    backend: AttentionBackend, *, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> AttentionBackend:
-    """Choose what runs the attention: xformers where it can run, else "segments".
-
-    Args:
-        backend: The configured backend; "auto" picks.
-        device: Where the tokens are.
-        dtype: Type the attention is computed in (under autocast, autocast's).
-        head_dim: Size of one head.
-
-    Raises:
-        ValueError: If "xformers" is asked for where it cannot run.
-        ImportError: If "xformers" is asked for and not installed.
-    """
-    able = device.type == "cuda" and dtype in XFORMERS_DTYPES and head_dim % 8 == 0
-    if backend == "xformers" and not able:
-        raise ValueError(
-            "Attention backend 'xformers' needs a CUDA device, float16, bfloat16 or float32, and a "
-            f"head size that is a multiple of 8; got {device.type}, {dtype}, {head_dim}. "
-            "Set attention='auto' or 'segments', or move the model."
-        )
-    if backend == "segments" or not able:
-        return "segments"
-    installed = find_spec("xformers") is not None
-    if backend == "xformers" and not installed:
-        raise ImportError(
-            "Attention backend 'xformers' needs the package xformers, which is not installed. "
-            "Run `pip install xformers`, or set attention='auto' or 'segments'."
-        )
-    return "xformers" if installed else "segments"
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -208,22 +182,51 @@ def block_diagonal_attention(
             q[None], k[None], v[None], attn_bias=plan.xformers_mask
         )
         return out[0]
+    if plan.backend == "varlen":
+        return _attend_varlen(q, k, v, plan)
     # One split and one concatenation: their backward moves each gradient once, where a slice per
     # group would fill a whole (T, H, Dh) tensor with zeros for each group.
     parts = zip(
         plan.groups, *(x.split_with_sizes(plan.group_tokens) for x in (q, k, v)), strict=True
     )
-    return torch.cat([_attend_equal(*part) for part in parts])
+    return torch.cat([_attend_equal(*part, causal=plan.causal) for part in parts])
 
 
-def _attend_equal(group: SegmentGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """Attend by torch's variable-length kernel, which walks over the segments itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(plan.lengths)
+    window = (-1, 0) if plan.causal else (-1, -1)
+    bounds = plan.cu_seqlens
+    # The kernel wants heads contiguous; q, k and v are views of one product.
+    out = varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        window_size=window,
+    )
+    assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
+    return out
+
+
+def _attend_equal(
+    group: SegmentGroup, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False
+) -> Tensor:
     """Attend within segments of one length; all tensors are (count * length, H, Dh)."""
     shape = (group.count, group.length, *q.shape[1:])
     q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
     half = q.dtype in (torch.bfloat16, torch.float16)
     if q.device.type == "cpu" and half and group.length <= MAX_MATMUL_LENGTH:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if causal:
+            later = torch.ones(group.length, group.length, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
         out: Tensor = scores.softmax(dim=-1) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).flatten(0, 1)

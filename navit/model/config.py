@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
-AttentionBackend = Literal["auto", "segments", "xformers"]
+AttentionBackend = Literal["auto", "segments", "xformers", "varlen"]
 PositionEmbedding = Literal["fourier", "learned", "sinusoidal", "grid"]
 PositionCoordinates = Literal["fractional", "absolute"]
 PositionCombination = Literal["sum", "product", "stack"]

@@ -16,9 +16,9 @@ from navit.model.attention import (
     AttentionPlan,
     compute_dtype,
     order_by_length,
-    resolve_backend,
     to_device,
 )
+from navit.model.backends import resolve_backend
 from navit.model.block import NORM_EPS, make_blocks, run_blocks
 from navit.model.config import ModelConfig, NaViTConfig
 from navit.model.patch_embed import PatchEmbed

@@ -1,4 +1,4 @@
-"""On a CUDA device: xformers gives what the segments backend gives, to twice its own error."""
+"""On a CUDA device: every backend gives what the segments backend gives, to twice its own error."""
 
 import pytest
 import torch
@@ -9,8 +9,17 @@ from tests.helpers.batches import pack_images, random_image
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_xformers_equals_segments(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("xformers", torch.float32),
+        ("xformers", torch.bfloat16),
+        ("xformers", torch.float16),
+        ("varlen", torch.bfloat16),
+        ("varlen", torch.float16),
+    ],
+)
+def test_a_backend_equals_segments(backend: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [
         random_image(rows, cols, patch_size=16, generator=generator)
@@ -21,12 +30,12 @@ def test_xformers_equals_segments(dtype: torch.dtype) -> None:
     reference = NaViT(NaViTConfig.named("tiny", attention="segments")).double().cuda()
     expected = reference(batch).pooled
     found = {}
-    for backend in ("segments", "xformers"):
-        model = NaViT(NaViTConfig.named("tiny", attention=backend)).cuda()
+    for name in ("segments", backend):
+        model = NaViT(NaViTConfig.named("tiny", attention=name)).cuda()
         model.load_state_dict(reference.state_dict())
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            found[backend] = model(batch).pooled
-        found[backend].float().sum().backward()
+            found[name] = model(batch).pooled
+        found[name].float().sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     error = {name: (value.double() - expected).abs().max().item() for name, value in found.items()}
-    assert error["xformers"] <= 2 * error["segments"] + 1e-5
+    assert error[backend] <= 2 * error["segments"] + 1e-5

@@ -2,7 +2,9 @@
 
 import logging
 import warnings
+from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from navit.model.attention import (
     AttentionPlan,
     block_diagonal_attention,
     order_by_length,
-    resolve_backend,
 )
+from navit.model.backends import resolve_backend
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -28,11 +30,12 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
-def block_mask(lengths: list[int]) -> Tensor:
-    """0 inside a segment, -inf outside."""
+def block_mask(lengths: list[int], causal: bool = False) -> Tensor:
+    """0 inside a segment (up to the query's own place), -inf outside."""
     mask = torch.full((sum(lengths), sum(lengths)), -torch.inf, dtype=torch.float64)
     for start, stop in pairwise([0, *accumulate(lengths)]):
-        mask[start:stop, start:stop] = 0
+        for query in range(start, stop):
+            mask[query, start : query + 1 if causal else stop] = 0
     return mask
 
 
@@ -43,14 +46,16 @@ def random_qkv(tokens: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     return list(qkv.requires_grad_().unbind(1))
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @settings(max_examples=25, deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 999))
 def test_attention_is_that_of_the_dense_mask_in_value_and_gradient(
-    lengths: list[int], seed: int
+    causal: bool, lengths: list[int], seed: int
 ) -> None:
     q, k, v = random_qkv(sum(lengths), torch.float64, seed)
-    packed = block_diagonal_attention(q, k, v, AttentionPlan(tuple(lengths), CPU))
-    dense = dense_attention(q, k, v, block_mask(lengths))
+    plan = AttentionPlan(tuple(lengths), CPU, causal=causal)
+    packed = block_diagonal_attention(q, k, v, plan)
+    dense = dense_attention(q, k, v, block_mask(lengths, causal))
     torch.testing.assert_close(packed, dense, rtol=0, atol=1e-12)
     weights = torch.randn_like(dense)
     gradients = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (packed, dense))
@@ -60,12 +65,13 @@ def test_attention_is_that_of_the_dense_mask_in_value_and_gradient(
 
 @pytest.mark.parametrize("lengths", [[1], [1] * 3000, [1500], [7] * 50, [1030, 5, 5]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
 def test_lengths_of_every_kind_run_forward_and_backward(
-    lengths: list[int], dtype: torch.dtype
+    lengths: list[int], dtype: torch.dtype, causal: bool
 ) -> None:
     """bfloat16 goes through two paths by length; both stay within its rounding."""
     q, k, v = random_qkv(sum(lengths), dtype)
-    plan = AttentionPlan(tuple(lengths), CPU)
+    plan = AttentionPlan(tuple(lengths), CPU, causal=causal)
     out = block_diagonal_attention(q, k, v, plan)
     exact = block_diagonal_attention(q.double(), k.double(), v.double(), plan)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
@@ -99,20 +105,58 @@ def test_a_sorted_plan_names_each_kept_token_once(segments: list[tuple[int, bool
     assert plan.segment_index.tolist() == [i for i, n in enumerate(ordered) for _ in range(n)]
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @settings(max_examples=20, deadline=None)
 @given(lengths=LENGTHS)
-def test_the_mask_for_xformers_is_block_diagonal(lengths: list[int]) -> None:
+def test_the_mask_for_xformers_is_block_diagonal(causal: bool, lengths: list[int]) -> None:
     """Xformers has no CPU kernel: its own mask object, written out, goes into dense attention."""
-    plan = AttentionPlan(tuple(lengths), CPU, "xformers")
+    plan = AttentionPlan(tuple(lengths), CPU, "xformers", causal)
     mask = quietly_made_mask(plan)
-    assert torch.equal(mask.double(), block_mask(lengths))
+    assert torch.equal(mask.double(), block_mask(lengths, causal))
     q, k, v = random_qkv(sum(lengths), torch.float64)
     torch.testing.assert_close(
         dense_attention(q, k, v, mask.double()),
-        block_diagonal_attention(q, k, v, AttentionPlan(tuple(lengths), CPU)),
+        block_diagonal_attention(q, k, v, AttentionPlan(tuple(lengths), CPU, causal=causal)),
         rtol=0,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@settings(max_examples=20, deadline=None)
+@given(lengths=LENGTHS, seed=st.integers(0, 99))
+def test_varlen_hands_torchs_kernel_the_segments(
+    causal: bool, lengths: list[int], seed: int
+) -> None:
+    """The kernel runs on CUDA alone: in its place stands what its documentation says it does."""
+
+    def documented(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        **options: Any,
+    ) -> Tensor:
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert q.is_contiguous()
+        assert k.is_contiguous()
+        assert v.is_contiguous()
+        assert options == {"window_size": (-1, 0) if causal else (-1, -1)}
+        found = cu_q.diff().tolist()
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k == max(found)
+        return dense_attention(q, k, v, block_mask(found, causal))
+
+    plan = AttentionPlan(tuple(lengths), CPU, "varlen", causal)
+    q, k, v = random_qkv(sum(lengths), torch.float64, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+        found = block_diagonal_attention(q, k, v, plan)
+    expected = block_diagonal_attention(q, k, v, replace(plan, backend="segments"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def quietly_made_mask(plan: AttentionPlan) -> Tensor:
@@ -138,10 +182,21 @@ def quietly_made_mask(plan: AttentionPlan) -> Tensor:
         ("cuda", torch.float32, 64, "xformers"),
     ],
 )
+@pytest.mark.parametrize("installed", [("xformers", "varlen"), ("varlen",), ()])
 def test_auto_picks_by_device_dtype_and_head_size(
-    device: str, dtype: torch.dtype, head_dim: int, backend: str, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    backend: str,
+    installed: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("navit.model.attention.find_spec", lambda name: object())
+    monkeypatch.setattr(
+        "navit.model.backends._is_installed", lambda name, device: name in installed
+    )
+    if backend not in installed:  # the next choice is varlen, in half precision alone
+        half = dtype == torch.bfloat16 and backend == "xformers" and "varlen" in installed
+        backend = "varlen" if half else "segments"
     where = torch.device(device)
     assert resolve_backend("auto", device=where, dtype=dtype, head_dim=head_dim) == backend
     assert resolve_backend("segments", device=where, dtype=dtype, head_dim=head_dim) == "segments"
@@ -150,11 +205,30 @@ def test_auto_picks_by_device_dtype_and_head_size(
 def test_xformers_where_it_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"CUDA device.*got cpu, torch.float32, 64.*'segments'"):
         resolve_backend("xformers", device=CPU, dtype=torch.float32, head_dim=64)
-    monkeypatch.setattr("navit.model.attention.find_spec", lambda name: None)
+    monkeypatch.setattr("navit.model.backends.find_spec", lambda name: None)
     cuda = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 64}
     with pytest.raises(ImportError, match="pip install xformers"):
         resolve_backend("xformers", **cuda)
     assert resolve_backend("auto", **cuda) == "segments"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 264), (torch.bfloat16, 20)]
+)
+def test_varlen_where_it_cannot_run_says_why(
+    dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"a CUDA device, float16 or bfloat16.* at most 256; got"):
+        resolve_backend("varlen", device=torch.device("cuda"), dtype=dtype, head_dim=head_dim)
+    with pytest.raises(ValueError, match="got cpu"):
+        resolve_backend("varlen", device=CPU, dtype=torch.bfloat16, head_dim=64)
+    # Turing has no kernel for it.
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    cuda = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 64}
+    with pytest.raises(ImportError, match=r"torch 2.10 or newer.*capability 8.0"):
+        resolve_backend("varlen", **cuda)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert resolve_backend("varlen", **cuda) == "varlen"
 
 
 def test_a_plan_refuses_empty_segments_and_unresolved_backends() -> None:

@@ -1,0 +1,89 @@
+"""Which attention backend can run where, and which one is chosen."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from navit.model.config import AttentionBackend
+
+XFORMERS_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+VARLEN_MAX_HEAD_DIM = 256
+VARLEN_MODULE = "torch.nn.attention.varlen"
+VARLEN_MIN_CAPABILITY = (8, 0)
+"""Compute capability torch's variable-length kernel (FlashAttention 2) is built for."""
+
+
+def resolve_backend(
+    backend: AttentionBackend, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """Choose what runs the attention: on CUDA xformers, else varlen, where they can; "segments".
+
+    Args:
+        backend: The configured backend; "auto" picks.
+        device: Where the tokens are.
+        dtype: Type the attention is computed in (under autocast, autocast's).
+        head_dim: Size of one head.
+
+    Raises:
+        ValueError: If a backend is asked for where it cannot run.
+        ImportError: If a backend is asked for and not installed.
+    """
+    if backend == "segments":
+        return backend
+    if backend == "auto":
+        able = [name for name, runs in _RUNS.items() if runs(device, dtype, head_dim)]
+        return next((name for name in able if _is_installed(name, device)), "segments")
+    if not _RUNS[backend](device, dtype, head_dim):
+        raise ValueError(
+            f"Attention backend {backend!r} needs {_NEEDS[backend]}; got {device.type}, {dtype}, "
+            f"{head_dim}. Set attention='auto' or 'segments', or move the model."
+        )
+    if not _is_installed(backend, device):
+        raise ImportError(
+            f"Attention backend {backend!r} needs {_MISSING[backend]}, or set attention='auto' or "
+            "'segments'."
+        )
+    return backend
+
+
+def _runs_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return device.type == "cuda" and dtype in XFORMERS_DTYPES and head_dim % 8 == 0
+
+
+def _runs_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    fits = head_dim % 8 == 0 and head_dim <= VARLEN_MAX_HEAD_DIM
+    return device.type == "cuda" and dtype in VARLEN_DTYPES and fits
+
+
+def _is_installed(backend: AttentionBackend, device: torch.device) -> bool:
+    if backend == "xformers":
+        return find_spec("xformers") is not None
+    return (
+        find_spec(VARLEN_MODULE) is not None
+        and torch.cuda.get_device_capability(device) >= VARLEN_MIN_CAPABILITY
+    )
+
+
+_RUNS: dict[AttentionBackend, Callable[[torch.device, torch.dtype, int], bool]] = {
+    "xformers": _runs_xformers,
+    "varlen": _runs_varlen,
+}
+_NEEDS = {
+    "xformers": (
+        "a CUDA device, float16, bfloat16 or float32, and a head size that is a multiple of 8"
+    ),
+    "varlen": (
+        "a CUDA device, float16 or bfloat16, and a head size that is a multiple of 8 and at most "
+        f"{VARLEN_MAX_HEAD_DIM}"
+    ),
+}
+_MISSING = {
+    "xformers": "the package xformers, which is not installed. Run `pip install xformers`",
+    "varlen": (
+        f"torch.nn.attention.varlen (torch 2.10 or newer) and a device of compute capability "
+        f"{VARLEN_MIN_CAPABILITY[0]}.{VARLEN_MIN_CAPABILITY[1]} or above; one is missing. Upgrade "
+        "torch"
+    ),
+}
