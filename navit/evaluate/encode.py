@@ -78,7 +78,7 @@ def encode_pairs(
     keys: list[str] = []
     captions: list[str] = []
     bar = tqdm(batches, desc="encoding", unit="batch", leave=False, disable=not progress)
-    with _evaluating(model), _inference(device, autocast_dtype):
+    with evaluating(model), inference(device, autocast_dtype):
         for batch in bar:
             if not batch.num_images:
                 continue
@@ -123,7 +123,7 @@ def text_encoder(
 
     def encode(texts: list[str]) -> Tensor:
         chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-        with _evaluating(model), _inference(device, autocast_dtype):
+        with evaluating(model), inference(device, autocast_dtype):
             vectors = [
                 model.encode_text(
                     pack_text(tokenizer.encode(chunk, max_tokens)).to(device), normalize=True
@@ -200,7 +200,7 @@ def _captions(batch: PackedBatch) -> tuple[PackedText, tuple[str, ...]]:
 
 
 @contextmanager
-def _evaluating(model: ImageTextModel) -> Iterator[None]:
+def evaluating(model: ImageTextModel | nn.Module) -> Iterator[None]:
     """Switch to evaluation mode; afterwards each module is back in the mode it was in."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
@@ -213,7 +213,8 @@ def _evaluating(model: ImageTextModel) -> Iterator[None]:
 
 
 @contextmanager
-def _inference(device: torch.device | str, dtype: torch.dtype | None) -> Iterator[None]:
+def inference(device: torch.device | str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Run without gradients, under autocast where a type is given."""
     kind = torch.device(device).type
     with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
         yield

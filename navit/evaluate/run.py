@@ -27,10 +27,10 @@ class Evaluation:
 
     metrics: dict[str, float]
     """Shares in [0, 1] by name: ``text_to_image/recall@1``, ``<set>/prompt_accuracy@1``, ..."""
-    pairs: EncodedPairs
-    """The vectors the metrics were computed from."""
     stats: BatchStats
     """Counts of images, tokens and skipped samples over the whole pass."""
+    pairs: EncodedPairs | None = None
+    """The vectors the metrics were computed from; None for a classifier."""
 
 
 def evaluation_packing(config: PackerConfig) -> PackerConfig:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from navit.label_loss import LabelLoss
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
 from navit.train.optim import OptimConfig
 from packer.config import PackerConfig
@@ -15,8 +16,17 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a contrastive training run."""
+    """Everything that decides a training run."""
 
+    task: Literal["contrastive", "classify"] = "contrastive"
+    """"contrastive": image-text pairs; "classify": labelled images (a `.cls` in each sample)."""
+    num_classes: int = 0
+    """Classes of "classify"."""
+    label_loss: LabelLoss = "softmax"
+    """Loss of "classify": over all classes, or one sigmoid a class (the paper's, for JFT)."""
+    init: Path | None = None
+    """Folder of weights the image tower starts from: saved here, or by transformers (SigLIP,
+    SigLIP 2, CLIP); None starts at random. Its shape replaces that of `model.vision`."""
     shards: tuple[str, ...] = ()
     """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing."""
     val: tuple[str, ...] = ()
@@ -77,6 +87,10 @@ class TrainConfig:
         for name in ("flip", "color_jitter", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
+        if self.task not in ("contrastive", "classify"):
+            raise ValueError(f"task must be 'contrastive' or 'classify'; got {self.task!r}.")
+        if self.label_loss not in get_args(LabelLoss):
+            raise ValueError(f"label_loss must be 'softmax' or 'sigmoid'; got {self.label_loss!r}.")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32'; got {self.precision!r}.")
         if self.val and not self.shards:
@@ -118,6 +132,26 @@ def demo() -> TrainConfig:
     )
 
 
+def classify() -> TrainConfig:
+    """Train a classifier on labelled images, from scratch or from --init: a start to change."""
+    return TrainConfig(
+        task="classify",
+        packer=PackerConfig(
+            patch_size=16,
+            seq_len=1024,
+            max_tokens=256,
+            resolution=UniformSide(64, 256),
+            token_drop=BetaDrop(0.25, 0.4),
+        ),
+        model=CLIPConfig(vision=NaViTConfig.named("s")),
+        sequences_per_batch=16,
+        steps=10_000,
+        optim=OptimConfig(warmup_steps=500, cooldown_steps=2000),
+        eval_every=2000,
+        flip=0.5,
+    )
+
+
 def pairs() -> TrainConfig:
     """Train on a few thousand web-like pairs: about 18 minutes on 2 CPU cores."""
     return TrainConfig(
@@ -146,4 +180,4 @@ def pairs() -> TrainConfig:
     )
 
 
-PRESETS = {"demo": demo, "pairs": pairs}
+PRESETS = {"demo": demo, "pairs": pairs, "classify": classify}

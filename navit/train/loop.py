@@ -1,4 +1,4 @@
-"""The training loop: packed batches in, a trained CLIP and its run folder out."""
+"""The training loop: packed batches in, a trained model and its run folder out."""
 
 import json
 import signal
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -16,11 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from navit.evaluate.encode import read_metadata
-from navit.evaluate.prompts import class_label
-from navit.evaluate.run import Evaluation, evaluate_clip
-from navit.loss import contrastive_loss
-from navit.model import CLIP
+from navit.evaluate.run import Evaluation
 from navit.serialize import to_plain
 from navit.train.checkpoint import (
     Checkpoint,
@@ -36,22 +31,14 @@ from navit.train.config import TrainConfig
 from navit.train.ema import Ema
 from navit.train.metrics import MetricsLog, Throughput
 from navit.train.optim import build_optimizers, learning_rate_factor
-from navit.train.setup import (
-    complete,
-    make_loader,
-    resolve_autocast,
-    resolve_device,
-    resolve_shards,
-    resolve_tokenizer,
-)
+from navit.train.setup import make_loader, resolve_autocast, resolve_device, resolve_shards
+from navit.train.tasks import make_task
 from packer.batch import BatchStats, PackedBatch
 from packer.report import draw_batch
 from packer.stream import LoaderState
 
 LOG_EVERY = 10
 """Steps between readings of the rates; the loss of every step is written."""
-SHAPE_SHARDS = 32
-"""Training shards read for the shape-only baseline: thousands of samples are enough for it."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +73,9 @@ class Trainer:
         self.train_shards, self.val_shards = resolve_shards(config)
         self.device = resolve_device(config)
         self.autocast_dtype = resolve_autocast(config, self.device)
-        self.tokenizer = resolve_tokenizer(config, run, self.train_shards)
-        self.config = config = complete(config, self.tokenizer)
-        torch.manual_seed(config.seed)
-        self.model = CLIP(config.model).to(self.device)
+        self.task = make_task(config, run, self.train_shards)
+        self.config = config = self.task.config
+        self.model = self.task.model.to(self.device)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.loader_state = LoaderState()
@@ -114,10 +100,9 @@ class Trainer:
     def train(self, *, progress: bool = True) -> TrainResult:
         """Run all remaining steps, then evaluate; SIGTERM checkpoints and returns early."""
         config = self.config
+        self.run.mkdir(parents=True, exist_ok=True)
         (self.run / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
-        loader = make_loader(
-            config, self.train_shards, self.tokenizer, self.device, self.loader_state
-        )
+        loader = make_loader(config, self.task, self.train_shards, self.device, self.loader_state)
         evaluation: Evaluation | None = None
         timed = Throughput()
         seconds = 0.0
@@ -172,27 +157,10 @@ class Trainer:
         if not self.val_shards:
             return None
         with self.ema.swap(self.model) if self.ema else nullcontext():
-            found = evaluate_clip(
-                self.model,
-                self.tokenizer,
-                self.val_shards,
-                self.config.packer,
-                sequences_per_batch=self.config.sequences_per_batch,
-                device=self.device,
-                autocast_dtype=self.autocast_dtype,
-                train_metadata=self.shape_metadata,
-                progress=False,
-            )
+            found = self.task.evaluate(self.val_shards, self.device, self.autocast_dtype)
         log.write("eval", self.step, found.metrics)
         self.evaluated_at = self.step
         return found
-
-    @cached_property
-    def shape_metadata(self) -> dict[str, dict[str, Any]] | None:
-        """Json of training samples for the shape-only baseline; None where there are no classes."""
-        if not any(class_label(fields) for fields in read_metadata(self.val_shards).values()):
-            return None
-        return read_metadata(self.train_shards[:SHAPE_SHARDS])
 
     def save(self) -> Path:
         """Write a checkpoint of everything a resumed run needs, unless this step has one."""
@@ -208,14 +176,12 @@ class Trainer:
             "stats": asdict(self.stats),
             "bad_losses": [self.bad_losses, self.bad_losses_in_row],
             "rng": rng_state(),
-            "tokenizer": self.tokenizer.hash,
+            "tokenizer": self.task.tokenizer.hash if self.task.tokenizer else None,
         }
         path = save_checkpoint(
             self.run / "checkpoints",
             self.step,
-            Checkpoint(
-                tensors, state, {"tokenizer.json": (self.run / "tokenizer.json").read_text()}
-            ),
+            Checkpoint(tensors, state, self.task.files()),
             keep=self.config.keep_checkpoints,
         )
         self.saved = (self.step, path)
@@ -225,10 +191,11 @@ class Trainer:
         checkpoint = load_checkpoint(path)
         state = checkpoint.state
         check_same_run(state["config"], to_plain(self.config), path)
-        if state["tokenizer"] != self.tokenizer.hash:
+        tokenizer = self.task.tokenizer
+        if tokenizer is not None and state["tokenizer"] != tokenizer.hash:
             raise ValueError(
                 f"{path} was trained with another tokenizer (hash {state['tokenizer']}); got "
-                f"{self.tokenizer.hash}. Restore tokenizer.json of the run folder."
+                f"{tokenizer.hash}. Restore tokenizer.json of the run folder."
             )
         self.model.load_state_dict(checkpoint.tensors["model"])
         self.optimizers.load_tensors(checkpoint.tensors["optimizer"])
@@ -263,7 +230,7 @@ class Trainer:
             self._count_bad_loss(norm, batch, log)
             return
         self.bad_losses_in_row = 0
-        self.model.limit_logit_scale_()
+        self.task.after_step()
         if self.ema is not None:
             self.ema.update(self.model)
         self.last_loss = value
@@ -275,7 +242,7 @@ class Trainer:
                 "lr": factor * self.config.optim.learning_rate,
                 "gradient_norm": float(norm),
                 "images": batch.num_images,
-                "logit_scale": float(self.model.logit_scale.detach()),
+                **self.task.readings(),
             },
         )
 
@@ -284,14 +251,7 @@ class Trainer:
         with torch.autocast(
             self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):
-            output = self.model(batch)
-        return contrastive_loss(
-            output.image,
-            output.text,
-            output.logit_scale,
-            chunk_size=self.config.loss_chunk,
-            text_ids=_text_ids(batch).to(self.device, non_blocking=True),
-        )
+            return self.task.loss(batch)
 
     def _count_bad_loss(self, value: float, batch: PackedBatch, log: MetricsLog) -> None:
         self.bad_losses += 1
@@ -311,13 +271,6 @@ class Trainer:
             f"waiting {rates['data_wait']:.0%}",
             refresh=False,
         )
-
-
-def _text_ids(batch: PackedBatch) -> torch.Tensor:
-    """Number the captions of a batch so that equal captions share a number: int64 (N,)."""
-    numbers: dict[str, int] = {}
-    texts = batch.texts or ()
-    return torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts])
 
 
 @contextmanager

@@ -1,9 +1,16 @@
 """A trained model from a checkpoint folder, without the state that only training needs."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from navit.evaluate.classify import evaluate_classifier
+from navit.evaluate.run import Evaluation, evaluate_clip
 from navit.model import CLIP
+from navit.model.classifier import Classifier, ClassifierConfig
 from navit.serialize import from_plain
 from navit.train.checkpoint import find_checkpoint, load_checkpoint
 from navit.train.config import TrainConfig
@@ -15,12 +22,37 @@ from packer.captions import CaptionTokenizer
 class Trained:
     """What evaluation and embedding need of a run."""
 
-    model: CLIP
+    model: CLIP | Classifier
     """On the CPU, with the weights asked for."""
-    tokenizer: CaptionTokenizer
-    """The run's tokenizer."""
+    tokenizer: CaptionTokenizer | None
+    """The run's tokenizer; None for a classifier."""
     config: TrainConfig
     """The run's configuration."""
+
+    def evaluate(
+        self,
+        shards: Sequence[str],
+        *,
+        sequences_per_batch: int,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None = None,
+        train_metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Evaluation:
+        """Evaluate the model on shards of the run's kind.
+
+        The arguments are those of `evaluate_clip` and `evaluate_classifier`.
+        """
+        how: dict[str, Any] = {
+            "sequences_per_batch": sequences_per_batch,
+            "device": device,
+            "autocast_dtype": autocast_dtype,
+        }
+        model, packing = self.model.to(device), self.config.packer
+        if isinstance(model, Classifier):
+            return evaluate_classifier(model, shards, packing, **how)
+        assert self.tokenizer is not None, "a CLIP is stored with its tokenizer"
+        how["train_metadata"] = train_metadata
+        return evaluate_clip(model, self.tokenizer, shards, packing, **how)
 
 
 def load_trained(path: Path, *, averaged: bool = True) -> Trained:
@@ -36,10 +68,16 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
     folder = find_checkpoint(path)
     checkpoint = load_checkpoint(folder, groups=("model", "ema"))
     config = from_plain(TrainConfig, checkpoint.state["config"])
-    model = CLIP(config.model)
+    model: CLIP | Classifier
+    tokenizer = None
+    if config.task == "classify":
+        model = Classifier(ClassifierConfig(config.model.vision, config.num_classes))
+    else:
+        model = CLIP(config.model)
+        tokenizer = CaptionTokenizer.from_file(folder / "tokenizer.json")
     model.load_state_dict(checkpoint.tensors["model"])
     if averaged and "ema" in checkpoint.tensors:
         average = Ema(model)
         average.load_tensors(checkpoint.tensors["ema"])
         average.copy_to(model)
-    return Trained(model, CaptionTokenizer.from_file(folder / "tokenizer.json"), config)
+    return Trained(model, tokenizer, config)

@@ -4,8 +4,8 @@ import itertools
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,6 +20,9 @@ from packer.pack import Transform
 from packer.shards import expand_shards, iter_shard, sample_from_raw
 from packer.stream import LoaderState, PackedStream
 from packer.transforms import ColorJitter, Compose, RandomFlip
+
+if TYPE_CHECKING:
+    from navit.train.tasks import Task
 
 DEMO_FOLDER = Path("data/demo")
 RUNS_FOLDER = Path("runs")
@@ -70,6 +73,11 @@ def resolve_shards(config: TrainConfig) -> tuple[list[str], list[str]]:
     """
     if config.shards:
         return expand_shards(config.shards), expand_shards(config.val) if config.val else []
+    if config.task == "classify":
+        raise ValueError(
+            "task 'classify' needs shards with labels (a .cls in each sample); the demonstration "
+            "set has none. Give --shards."
+        )
     paths = ensure_demo(DEMO_FOLDER)
     return [str(path) for path in paths.train], [str(path) for path in paths.val]
 
@@ -108,21 +116,10 @@ def resolve_tokenizer(config: TrainConfig, run: Path, shards: Sequence[str]) -> 
     return tokenizer
 
 
-def complete(config: TrainConfig, tokenizer: CaptionTokenizer) -> TrainConfig:
-    """Fill in what follows from the data: patch size, text length and vocabulary of the towers."""
-    vision = replace(config.model.vision, patch_size=config.packer.patch_size)
-    text = replace(
-        config.model.text,
-        vocab_size=tokenizer.vocab_size,
-        max_tokens=config.packer.max_text_tokens,
-    )
-    return replace(config, model=replace(config.model, vision=vision, text=text))
-
-
 def make_loader(
     config: TrainConfig,
+    task: "Task",
     shards: Sequence[str],
-    tokenizer: CaptionTokenizer,
     device: torch.device,
     state: LoaderState | None,
 ) -> DataLoader[PackedBatch]:
@@ -131,8 +128,9 @@ def make_loader(
         shards,
         config.packer,
         sequences_per_batch=config.sequences_per_batch,
-        tokenizer=tokenizer,
+        tokenizer=task.tokenizer,
         transform=_transform(config),
+        need=task.need,
         shuffle_window=config.shuffle_window,
         state=state,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from navit.evaluate.encode import EncodedPairs
 from navit.evaluate.run import Evaluation
 from navit.train.loop import TrainResult
 from navit.train.metrics import read_metrics
@@ -27,19 +28,28 @@ def draw_results(result: TrainResult, val_shards: Sequence[str]) -> list[Path]:
     run = result.run
     if any(line["event"] == "train" for line in read_metrics(run / "metrics.jsonl")):
         draw_loss(run / "metrics.jsonl", run / "loss.png")
-    if result.evaluation is not None:
-        draw_nearest(result.evaluation, val_shards, run / "retrieval.png")
+    if result.evaluation is not None and result.evaluation.pairs is not None:
+        draw_nearest(result.evaluation.pairs, val_shards, run / "retrieval.png")
     names = ("loss.png", "packing.png", "retrieval.png")
     return [run / name for name in names if (run / name).exists()]
 
 
-def draw_nearest(evaluation: Evaluation, shards: Sequence[str], path: Path) -> None:
+def draw_nearest(pairs: EncodedPairs, shards: Sequence[str], path: Path) -> None:
     """Draw captions, spread over the validation pairs, with the images nearest to them."""
-    pairs, count = evaluation.pairs, min(MAX_GALLERY, len(evaluation.pairs.keys))
+    count = min(MAX_GALLERY, len(pairs.keys))
     pixels = _read_images(set(pairs.keys[:count]), shards)
     similarity = pairs.text[:count] @ pairs.image[:count].T
     images = [pixels[key] for key in pairs.keys[:count]]
     draw_retrieval(images, pairs.texts[:count], similarity, path)
+
+
+def format_evaluation(found: Evaluation) -> str:
+    """Lay out what an evaluation found, of image-text pairs or of classes."""
+    if found.pairs is not None:
+        return format_metrics(found.metrics, num_pairs=len(found.pairs.keys))
+    lines = [f"{f'classification of {found.stats.images:,} images':<34}{'share':>8}"]
+    lines += [f"{name:<34}{value:>8.1%}" for name, value in found.metrics.items()]
+    return "\n".join(lines)
 
 
 def format_metrics(metrics: Mapping[str, float], *, num_pairs: int) -> str:
@@ -70,9 +80,7 @@ def format_run(result: TrainResult) -> str:
     stats = result.stats
     parts = [f"{result.run}: {result.step:,} steps, {stats.images:,} images"]
     if result.evaluation is not None:
-        parts.append(
-            format_metrics(result.evaluation.metrics, num_pairs=len(result.evaluation.pairs.keys))
-        )
+        parts.append(format_evaluation(result.evaluation))
     parts.append(
         f"{'padding':<34}{stats.padding:>8.3%}\n"
         f"{'kept of all tokens':<34}{stats.tokens / max(stats.tokens_before_drop, 1):>8.1%}\n"

@@ -25,11 +25,16 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode pixels without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def png(height: int, width: int, seed: int = 0) -> bytes:
     """Encode `noise` without loss."""
-    buffer = io.BytesIO()
-    Image.fromarray(noise(height, width, seed)).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return encode_png(noise(height, width, seed))
 
 
 def cut_png(height: int = 32, width: int = 32, seed: int = 0) -> bytes:
@@ -49,6 +54,12 @@ def image_samples(count: int, *, unit: int = 8, seed: int = 0) -> list[dict[str,
         }
         for i, (height, width) in enumerate(sides.tolist())
     ]
+
+
+def sizes_of(samples: Iterable[dict[str, Any]]) -> np.ndarray:
+    """Return (height, width) of encoded samples without EXIF, as Pillow finds them."""
+    opened = [Image.open(io.BytesIO(sample["image"])) for sample in samples]
+    return np.array([(image.height, image.width) for image in opened])
 
 
 def make_shards(folder: Path, samples: Iterable[dict[str, Any]], per_shard: int) -> list[str]:

@@ -1,0 +1,124 @@
+"""Labelled shards to a classifier: train, evaluate, stop and resume, start from weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from navit import NaViT, NaViTConfig
+from navit.train.metrics import read_metrics
+from packer.shards import write_shards
+from tests.helpers.samples import encode_png
+
+SHAPE = (
+    *("--model.vision.width", "32", "--model.vision.depth", "1", "--model.vision.num-heads", "2"),
+    *("--model.vision.mlp-dim", "64", "--model.vision.pool", "mean"),
+)
+DATA = ("--packer.patch-size", "8", "--packer.seq-len", "64", "--packer.max-tokens", "32")
+RUN = (
+    *("--num-classes", "3", "--sequences-per-batch", "4"),
+    *("--shuffle-window", "16", "--optim.warmup-steps", "2"),
+    *("--workers", "0", "--eval-every", "0", "packer.resolution:native"),
+)
+
+
+def coloured(folder: Path, count: int, seed: int) -> str:
+    """Write images in which one of three colours is the class; return the shard."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(count):
+        label = int(rng.integers(3))
+        height, width = rng.integers(2, 6, 2) * 8
+        pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
+        pixels[..., label] += 150
+        samples.append({"key": f"{i:04d}", "image": encode_png(pixels), "label": label})
+    return write_shards(samples, folder / f"s{seed}-%02d.tar", samples_per_shard=count)[0]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("classes")
+    return ["--shards", coloured(folder, 90, 0), "--val", coloured(folder, 30, 1)]
+
+
+def navit(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "navit", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def losses(run: Path) -> list[float]:
+    return [x["loss"] for x in read_metrics(run / "metrics.jsonl") if x["event"] == "train"]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_run_learns_the_classes_and_evaluates_as_it_says(
+    shards: list[str], kind: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = navit(
+        *("train", "classify", *shards, "--run", run, *RUN, *SHAPE, *DATA),
+        *("--steps", "40", "--optim.cooldown-steps", "4", "--label-loss", kind),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert result["metrics"]["accuracy@1"] > 0.9
+    assert "classification of 30 images" in done.stdout
+    assert losses(run)[-1] < 0.7 * losses(run)[0]
+
+    again = tmp_path / "found.json"
+    done = navit("evaluate", run, "--shards", shards[3], "--json", again)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(again.read_text()) == pytest.approx(result["metrics"])
+
+
+def test_a_stopped_run_goes_on_with_the_same_losses(shards: list[str], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run, steps, resume in ((whole, "8", ()), (parts, "4", ()), (parts, "8", ("--resume",))):
+        done = navit(
+            *("train", "classify", *shards, "--run", run, *RUN, *SHAPE, *DATA),
+            *("--steps", steps, "--optim.cooldown-steps", "0", *resume),
+        )
+        assert done.returncode == 0, done.stderr
+    assert losses(parts) == losses(whole)
+
+
+def test_fine_tuning_starts_from_weights_at_a_higher_resolution(
+    shards: list[str], tmp_path: Path
+) -> None:
+    config = NaViTConfig.named(
+        "tiny", patch_size=8, width=48, mlp_dim=96, pool="cls", pos_embed="grid", pos_table_size=2
+    )
+    NaViT(config).save_pretrained(tmp_path / "weights")
+    run = tmp_path / "run"
+    larger = ("--packer.seq-len", "128", "--packer.max-tokens", "64")
+    options = (*RUN, "--packer.patch-size", "8", *larger, "--packer.resize", "allow_enlarge")
+    done = navit(
+        *("train", "classify", *shards, "--run", run, *options, "--steps", "30"),
+        *("--init", tmp_path / "weights"),
+    )
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((run / "config.json").read_text())["model"]["vision"]
+    assert (stored["width"], stored["pool"], stored["pos_embed"]) == (48, "cls", "grid")
+    assert json.loads((run / "result.json").read_text())["metrics"]["accuracy@1"] > 0.9
+
+    other = navit(
+        *("train", "classify", *shards, "--run", tmp_path / "other", *RUN),
+        *("--packer.patch-size", "16", "--init", tmp_path / "weights"),
+    )
+    assert other.returncode == 2
+    assert "patch_size must be that of the weights" in other.stderr
+    assert "(8); got 16" in other.stderr
+
+
+def test_classes_must_be_counted(shards: list[str]) -> None:
+    done = navit("train", *shards, "--task", "classify")
+    assert done.returncode == 2
+    assert "task 'classify' needs num_classes of at least 1; got 0" in done.stderr
