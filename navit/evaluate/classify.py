@@ -1,7 +1,7 @@
-"""Accuracy of a classifier on labelled tar shards."""
+"""Accuracy of a classifier on labelled tar shards or a folder."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -11,31 +11,78 @@ from tqdm import tqdm
 from navit.evaluate.encode import evaluating, inference
 from navit.evaluate.run import Evaluation, evaluation_packing
 from navit.model.classifier import Classifier
-from packer.batch import BatchStats
+from packer.batch import BatchStats, PackedBatch
 from packer.config import PackerConfig
+from packer.dataset import PackedDataset
+from packer.folder import ImageFolder, is_image_folder
 from packer.shards import expand_shards
 from packer.stream import PackedStream
 
 TOP = (1, 5)
 
 
+def labelled_pass(
+    source: Sequence[str],
+    config: PackerConfig,
+    sequences_per_batch: int,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Iterable[PackedBatch]:
+    """Return one pass over labelled images, in packed batches.
+
+    Args:
+        source: Tar shards with labels, or one folder with one subfolder a class.
+        config: Packing of the training run; cropping, dropping and resolution sampling are off.
+        sequences_per_batch: B.
+        classes: Names of a folder's classes, in the order of their labels; None: its subfolders,
+            sorted.
+    """
+    packing = evaluation_packing(config)
+    if len(source) == 1 and is_image_folder(source[0]):
+        return _folder_pass(ImageFolder.read(source[0], classes), packing, sequences_per_batch)
+    return PackedStream(
+        expand_shards(source),
+        packing,
+        sequences_per_batch=sequences_per_batch,
+        need="label",
+        epochs=1,
+        shuffle_shards=False,
+    )
+
+
+def _folder_pass(
+    folder: ImageFolder, packing: PackerConfig, sequences_per_batch: int
+) -> Iterator[PackedBatch]:
+    usable, sizes, skipped = folder.with_sizes(max_pixels=packing.max_pixels, progress=False)
+    if len(usable):
+        dataset = PackedDataset(
+            usable,
+            sizes,
+            packing,
+            sequences_per_batch=sequences_per_batch,
+            keys=usable.keys,
+            shuffle=False,
+        )
+        for index in range(dataset.used_batches - 1):
+            yield dataset[index]
+        last = dataset[dataset.used_batches - 1]
+        counts = BatchStats(samples_read=sum(skipped.values()), skipped=skipped)
+        yield replace(last, stats=last.stats + counts)
+
+
 def evaluate_classifier(
     model: Classifier,
-    shards: str | Path | Sequence[str | Path],
-    config: PackerConfig,
+    batches: Iterable[PackedBatch],
     *,
-    sequences_per_batch: int,
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Classify every labelled image of the shards once.
+    """Classify every image of a pass once.
 
     Args:
         model: The model, on ``device``.
-        shards: Validation shards: a path, a brace range, or a list of these.
-        config: Packing of the training run; cropping, dropping and resolution sampling are off.
-        sequences_per_batch: B of the pass.
+        batches: Labelled images, see `labelled_pass`.
         device: Where the model runs.
         autocast_dtype: Precision of the matrix products; None leaves autocast off.
         progress: Whether to show a progress bar.
@@ -45,19 +92,11 @@ def evaluate_classifier(
         ``loss``; for multi-label targets a hit is any of the image's classes.
 
     Raises:
-        ValueError: If the shards hold no labelled image.
+        ValueError: If there is no labelled image.
     """
-    stream = PackedStream(
-        expand_shards(shards),
-        evaluation_packing(config),
-        sequences_per_batch=sequences_per_batch,
-        need="label",
-        epochs=1,
-        shuffle_shards=False,
-    )
     stats = BatchStats()
     hits = dict.fromkeys(TOP, 0)
-    bar = tqdm(stream, desc="classifying", unit="batch", leave=False, disable=not progress)
+    bar = tqdm(batches, desc="classifying", unit="batch", leave=False, disable=not progress)
     with evaluating(model), inference(device, autocast_dtype):
         for batch in bar:
             stats = stats + batch.stats
@@ -68,8 +107,8 @@ def evaluate_classifier(
                     hits[k] += int(hits_at(logits, batch.labels, k).sum())
     if not stats.images:
         raise ValueError(
-            f"the validation shards hold no usable labelled image; {stats.samples_read} samples "
-            f"were read and skipped: {dict(stats.skipped)}. Check the shards."
+            f"the validation data hold no usable labelled image; {stats.samples_read} samples "
+            f"were read and skipped: {dict(stats.skipped)}. Check the shards or the folder."
         )
     classes = model.config.num_classes
     metrics = {f"accuracy@{k}": hits[k] / stats.images for k in TOP if k <= classes}

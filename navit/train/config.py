@@ -21,14 +21,15 @@ class TrainConfig:
     task: Literal["contrastive", "classify"] = "contrastive"
     """"contrastive": image-text pairs; "classify": labelled images (a `.cls` in each sample)."""
     num_classes: int = 0
-    """Classes of "classify"."""
+    """Classes of "classify"; 0 counts the subfolders of a folder."""
     label_loss: LabelLoss = "softmax"
     """Loss of "classify": over all classes, or one sigmoid a class (the paper's, for JFT)."""
     init: Path | None = None
     """Folder of weights the image tower starts from: saved here, or by transformers (SigLIP,
     SigLIP 2, CLIP); None starts at random. Its shape replaces that of `model.vision`."""
     shards: tuple[str, ...] = ()
-    """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing."""
+    """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing.
+    To classify also a folder with one subfolder a class."""
     val: tuple[str, ...] = ()
     """Validation shards; empty with `shards`: no evaluation."""
     run: Path | None = None

@@ -31,11 +31,10 @@ from navit.train.config import TrainConfig
 from navit.train.ema import Ema
 from navit.train.metrics import MetricsLog, Throughput
 from navit.train.optim import build_optimizers, learning_rate_factor
-from navit.train.setup import make_loader, resolve_autocast, resolve_device, resolve_shards
+from navit.train.setup import resolve_autocast, resolve_device, resolve_shards
 from navit.train.tasks import make_task
 from packer.batch import BatchStats, PackedBatch
 from packer.report import draw_batch
-from packer.stream import LoaderState
 
 LOG_EVERY = 10
 """Steps between readings of the rates; the loss of every step is written."""
@@ -78,7 +77,7 @@ class Trainer:
         self.model = self.task.model.to(self.device)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
-        self.loader_state = LoaderState()
+        stored = None
         self.stats = BatchStats()
         self.step = 0
         self.bad_losses_in_row = 0
@@ -87,13 +86,14 @@ class Trainer:
         self.saved: tuple[int, Path] | None = None
         self.evaluated_at = -1
         if config.resume and has_checkpoint(run):
-            self._restore(find_checkpoint(run))
+            stored = self._restore(find_checkpoint(run))
+        self.data = self.task.make_data(self.train_shards, self.device, stored)
 
     def describe(self) -> str:
         """Say in one line what is trained, on what and where."""
         precision = "float32" if self.autocast_dtype is None else "bf16 autocast"
         return (
-            f"{len(self.train_shards)} shards, {sum(p.numel() for p in self.model.parameters()):,} "
+            f"{self.task.source}, {sum(p.numel() for p in self.model.parameters()):,} "
             f"parameters, {self.device}, {precision}, steps {self.step} to {self.config.steps}"
         )
 
@@ -102,7 +102,6 @@ class Trainer:
         config = self.config
         self.run.mkdir(parents=True, exist_ok=True)
         (self.run / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
-        loader = make_loader(config, self.task, self.train_shards, self.device, self.loader_state)
         evaluation: Evaluation | None = None
         timed = Throughput()
         seconds = 0.0
@@ -117,7 +116,7 @@ class Trainer:
                 mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs few lines
             ) as self.bar,
         ):
-            batches = iter(loader)
+            batches = iter(self.data)
             first = self.stats
             while self.step < config.steps and not stopping():
                 start = perf_counter()
@@ -172,7 +171,7 @@ class Trainer:
         state = {
             "step": self.step,
             "config": to_plain(self.config),
-            "loader": self.loader_state.to_dict(),
+            "loader": self.data.to_dict(),
             "stats": asdict(self.stats),
             "bad_losses": [self.bad_losses, self.bad_losses_in_row],
             "rng": rng_state(),
@@ -187,7 +186,8 @@ class Trainer:
         self.saved = (self.step, path)
         return path
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path) -> Any:
+        """Read a checkpoint; return the stored position in the data."""
         checkpoint = load_checkpoint(path)
         state = checkpoint.state
         check_same_run(state["config"], to_plain(self.config), path)
@@ -201,17 +201,17 @@ class Trainer:
         self.optimizers.load_tensors(checkpoint.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_tensors(checkpoint.tensors["ema"])
-        self.loader_state = LoaderState.from_dict(state["loader"])
         self.stats = BatchStats(**state["stats"])
         self.step = state["step"]
         self.bad_losses, self.bad_losses_in_row = state["bad_losses"]
         set_rng_state(state["rng"])
         self.saved = (self.step, path)
+        return state["loader"]
 
     def _step(self, batch: PackedBatch, log: MetricsLog) -> None:
         """Take one optimizer step; a batch without images or with a bad loss takes none."""
         factor = learning_rate_factor(self.step, self.config.optim, self.config.steps)
-        self.loader_state.update(batch)
+        self.data.update(batch)
         self.stats = self.stats + batch.stats
         self.step += 1
         self.bar.update()

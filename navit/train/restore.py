@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from navit.evaluate.classify import evaluate_classifier
+from navit.evaluate.classify import evaluate_classifier, labelled_pass
 from navit.evaluate.run import Evaluation, evaluate_clip
 from navit.model import CLIP
 from navit.model.classifier import Classifier, ClassifierConfig
@@ -15,6 +15,7 @@ from navit.serialize import from_plain
 from navit.train.checkpoint import find_checkpoint, load_checkpoint
 from navit.train.config import TrainConfig
 from navit.train.ema import Ema
+from navit.train.tasks import CLASSES_FILE
 from packer.captions import CaptionTokenizer
 
 
@@ -28,6 +29,8 @@ class Trained:
     """The run's tokenizer; None for a classifier."""
     config: TrainConfig
     """The run's configuration."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes, where the run trained on a folder."""
 
     def evaluate(
         self,
@@ -49,7 +52,9 @@ class Trained:
         }
         model, packing = self.model.to(device), self.config.packer
         if isinstance(model, Classifier):
-            return evaluate_classifier(model, shards, packing, **how)
+            per_batch = how.pop("sequences_per_batch")
+            batches = labelled_pass(shards, packing, per_batch, classes=self.classes)
+            return evaluate_classifier(model, batches, **how)
         assert self.tokenizer is not None, "a CLIP is stored with its tokenizer"
         how["train_metadata"] = train_metadata
         return evaluate_clip(model, self.tokenizer, shards, packing, **how)
@@ -69,9 +74,11 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
     checkpoint = load_checkpoint(folder, groups=("model", "ema"))
     config = from_plain(TrainConfig, checkpoint.state["config"])
     model: CLIP | Classifier
-    tokenizer = None
+    tokenizer = classes = None
     if config.task == "classify":
         model = Classifier(ClassifierConfig(config.model.vision, config.num_classes))
+        if (folder / CLASSES_FILE).exists():
+            classes = tuple((folder / CLASSES_FILE).read_text().splitlines())
     else:
         model = CLIP(config.model)
         tokenizer = CaptionTokenizer.from_file(folder / "tokenizer.json")
@@ -80,4 +87,4 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
         average = Ema(model)
         average.load_tensors(checkpoint.tensors["ema"])
         average.copy_to(model)
-    return Trained(model, tokenizer, config)
+    return Trained(model, tokenizer, config, classes)

@@ -2,27 +2,18 @@
 
 import itertools
 import re
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import DataLoader
 
 from navit.train.checkpoint import has_checkpoint
 from navit.train.config import TrainConfig
-from packer.batch import PackedBatch
 from packer.captions import CaptionTokenizer
 from packer.demo import ensure_demo
 from packer.errors import SkipSample
-from packer.pack import Transform
+from packer.folder import is_image_folder
 from packer.shards import expand_shards, iter_shard, sample_from_raw
-from packer.stream import LoaderState, PackedStream
-from packer.transforms import ColorJitter, Compose, RandomFlip
-
-if TYPE_CHECKING:
-    from navit.train.tasks import Task
 
 DEMO_FOLDER = Path("data/demo")
 RUNS_FOLDER = Path("runs")
@@ -71,15 +62,24 @@ def resolve_shards(config: TrainConfig) -> tuple[list[str], list[str]]:
     Raises:
         FileNotFoundError: If a named shard does not exist.
     """
+    if is_folder_run(config):
+        return list(config.shards), list(config.val)
     if config.shards:
         return expand_shards(config.shards), expand_shards(config.val) if config.val else []
     if config.task == "classify":
         raise ValueError(
-            "task 'classify' needs shards with labels (a .cls in each sample); the demonstration "
-            "set has none. Give --shards."
+            "task 'classify' needs shards with labels (a .cls in each sample), or a folder with "
+            "one subfolder a class; the demonstration set has none. Give --shards."
         )
     paths = ensure_demo(DEMO_FOLDER)
     return [str(path) for path in paths.train], [str(path) for path in paths.val]
+
+
+def is_folder_run(config: TrainConfig) -> bool:
+    """Whether a run classifies the images of a folder with one subfolder a class."""
+    return (
+        config.task == "classify" and len(config.shards) == 1 and is_image_folder(config.shards[0])
+    )
 
 
 def resolve_device(config: TrainConfig) -> torch.device:
@@ -114,49 +114,6 @@ def resolve_tokenizer(config: TrainConfig, run: Path, shards: Sequence[str]) -> 
     run.mkdir(parents=True, exist_ok=True)
     tokenizer.save(stored)
     return tokenizer
-
-
-def make_loader(
-    config: TrainConfig,
-    task: "Task",
-    shards: Sequence[str],
-    device: torch.device,
-    state: LoaderState | None,
-) -> DataLoader[PackedBatch]:
-    """Return the endless loader of training batches, continued after ``state``."""
-    stream = PackedStream(
-        shards,
-        config.packer,
-        sequences_per_batch=config.sequences_per_batch,
-        tokenizer=task.tokenizer,
-        transform=_transform(config),
-        need=task.need,
-        shuffle_window=config.shuffle_window,
-        state=state,
-    )
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if config.workers else None,
-        worker_init_fn=_ignore_sigterm if config.workers else None,
-    )
-
-
-def _ignore_sigterm(worker: int) -> None:
-    """Let the training process decide: `timeout` and schedulers send SIGTERM to the whole group."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _transform(config: TrainConfig) -> Transform | None:
-    steps: list[Transform] = []
-    if config.flip:
-        steps.append(RandomFlip(config.flip))
-    if config.color_jitter:
-        amount = config.color_jitter
-        steps.append(ColorJitter(amount, amount, amount))
-    return Compose(steps) if steps else None
 
 
 def _captions(config: TrainConfig, shards: Sequence[str]) -> Iterator[str]:

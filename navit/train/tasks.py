@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from navit.evaluate.classify import evaluate_classifier
+from navit.evaluate.classify import evaluate_classifier, labelled_pass
 from navit.evaluate.encode import read_metadata
 from navit.evaluate.prompts import class_label
 from navit.evaluate.run import Evaluation, evaluate_clip
@@ -23,10 +23,13 @@ from navit.model import CLIP
 from navit.model.classifier import Classifier, ClassifierConfig
 from navit.model.config import NaViTConfig
 from navit.train.config import TrainConfig
-from navit.train.setup import resolve_tokenizer
+from navit.train.data import FolderData, StreamData, TrainData
+from navit.train.setup import is_folder_run, resolve_tokenizer
 from packer.batch import PackedBatch
 from packer.captions import CaptionTokenizer
+from packer.folder import ImageFolder
 
+CLASSES_FILE = "classes.txt"
 SHAPE_SHARDS = 32
 """Training shards read for the shape-only baseline: thousands of samples are enough for it."""
 
@@ -40,16 +43,21 @@ class Task(Protocol):
         """The configuration with everything filled in that follows from data and weights."""
 
     @property
-    def need(self) -> Literal["caption", "label"]:
-        """What a sample must have."""
-
-    @property
     def tokenizer(self) -> CaptionTokenizer | None:
         """Turns captions into tokens; None where there are none."""
 
     @property
     def model(self) -> nn.Module:
         """The model, made on the CPU."""
+
+    @property
+    def source(self) -> str:
+        """What is trained on, in a few words."""
+
+    def make_data(
+        self, shards: Sequence[str], device: torch.device, stored: Mapping[str, Any] | None
+    ) -> TrainData:
+        """Return the training batches, continued from a stored position."""
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Return the loss of a batch on the model's device; under autocast as the caller set it."""
@@ -72,8 +80,6 @@ class Task(Protocol):
 class ContrastiveTask:
     """Image-text pairs: a CLIP, trained so that an image and its caption meet."""
 
-    need: Literal["caption", "label"] = "caption"
-
     def __init__(self, config: TrainConfig, run: Path, train_shards: Sequence[str]) -> None:
         self.run, self.train_shards = run, train_shards
         self.tokenizer = resolve_tokenizer(config, run, train_shards)
@@ -88,6 +94,19 @@ class ContrastiveTask:
         self.model = CLIP(self.config.model)
         if weights is not None:
             self.model.vision.load_state_dict(weights)
+
+    @property
+    def source(self) -> str:
+        """The number of shards."""
+        return f"{len(self.train_shards)} shards"
+
+    def make_data(
+        self, shards: Sequence[str], device: torch.device, stored: Mapping[str, Any] | None
+    ) -> TrainData:
+        """Stream the pairs of the shards."""
+        return StreamData(
+            self.config, shards, device, need="caption", tokenizer=self.tokenizer, stored=stored
+        )
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Return the contrastive loss; equal captions are not negatives of each other."""
@@ -144,10 +163,20 @@ class ContrastiveTask:
 class ClassifyTask:
     """Labelled images: an image tower with a linear head, softmax or the paper's sigmoid loss."""
 
-    need: Literal["caption", "label"] = "label"
     tokenizer = None
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, train_shards: Sequence[str]) -> None:
+        self.folder = ImageFolder.read(train_shards[0]) if is_folder_run(config) else None
+        self.source = f"{len(train_shards)} shards"
+        if self.folder is not None:
+            classes = len(self.folder.classes)
+            self.source = f"{len(self.folder):,} images of {classes} classes"
+            if config.num_classes not in (0, classes):
+                raise ValueError(
+                    f"num_classes must be the number of subfolders of {self.folder.root} "
+                    f"({classes}), or 0; got {config.num_classes}."
+                )
+            config = replace(config, num_classes=classes)
         if config.num_classes < 1:
             raise ValueError(
                 "task 'classify' needs num_classes of at least 1; got "
@@ -163,6 +192,14 @@ class ClassifyTask:
         if weights is not None:
             self.model.vision.load_state_dict(weights)
 
+    def make_data(
+        self, shards: Sequence[str], device: torch.device, stored: Mapping[str, Any] | None
+    ) -> TrainData:
+        """Stream the labelled images of the shards, or plan the folder's epochs."""
+        if self.folder is not None:
+            return FolderData(self.config, self.folder, device, stored=stored)
+        return StreamData(self.config, shards, device, need="label", tokenizer=None, stored=stored)
+
     def loss(self, batch: PackedBatch) -> Tensor:
         """Return the mean loss over the images of the batch."""
         assert batch.labels is not None, "a stream that needs labels gives no image without one"
@@ -175,11 +212,12 @@ class ClassifyTask:
         self, shards: Sequence[str], device: torch.device, autocast_dtype: torch.dtype | None
     ) -> Evaluation:
         """Measure accuracy."""
+        classes = None if self.folder is None else self.folder.classes
         return evaluate_classifier(
             self.model,
-            shards,
-            self.config.packer,
-            sequences_per_batch=self.config.sequences_per_batch,
+            labelled_pass(
+                shards, self.config.packer, self.config.sequences_per_batch, classes=classes
+            ),
             device=device,
             autocast_dtype=autocast_dtype,
             progress=False,
@@ -190,14 +228,14 @@ class ClassifyTask:
         return {}
 
     def files(self) -> dict[str, str]:
-        """Return nothing: weights and configuration are all there is."""
-        return {}
+        """Return the names of a folder's classes, in the order of their labels."""
+        return {CLASSES_FILE: "\n".join(self.folder.classes) + "\n"} if self.folder else {}
 
 
 def make_task(config: TrainConfig, run: Path, train_shards: Sequence[str]) -> Task:
     """Return the task a configuration names."""
     if config.task == "classify":
-        return ClassifyTask(config)
+        return ClassifyTask(config, train_shards)
     return ContrastiveTask(config, run, train_shards)
 
 

@@ -1,16 +1,19 @@
 """Labelled shards to a classifier: train, evaluate, stop and resume, start from weights."""
 
 import json
-import subprocess
-import sys
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from navit import NaViT, NaViTConfig
+from navit.__main__ import main as navit_main
 from navit.train.metrics import read_metrics
-from packer.shards import write_shards
+from packer.shards import iter_shard, write_shards
 from tests.helpers.samples import encode_png
 
 SHAPE = (
@@ -44,14 +47,25 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--shards", coloured(folder, 90, 0), "--val", coloured(folder, 30, 1)]
 
 
-def navit(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "navit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+class Done(NamedTuple):
+    """What a command ended with."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def navit(*arguments: str | Path) -> Done:
+    """Run a command in this process: starting one takes longer than these runs."""
+    out, err = StringIO(), StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        patch.setattr("sys.argv", ["navit", *map(str, arguments)])
+        status = navit_main()
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def losses(run: Path) -> list[float]:
@@ -94,19 +108,19 @@ def test_fine_tuning_starts_from_weights_at_a_higher_resolution(
     shards: list[str], tmp_path: Path
 ) -> None:
     config = NaViTConfig.named(
-        "tiny", patch_size=8, width=48, mlp_dim=96, pool="cls", pos_embed="grid", pos_table_size=2
+        "tiny", patch_size=8, width=48, mlp_dim=96, pool="mean", pos_embed="grid", pos_table_size=2
     )
     NaViT(config).save_pretrained(tmp_path / "weights")
     run = tmp_path / "run"
     larger = ("--packer.seq-len", "128", "--packer.max-tokens", "64")
     options = (*RUN, "--packer.patch-size", "8", *larger, "--packer.resize", "allow_enlarge")
     done = navit(
-        *("train", "classify", *shards, "--run", run, *options, "--steps", "30"),
+        *("train", "classify", *shards, "--run", run, *options, "--steps", "60"),
         *("--init", tmp_path / "weights"),
     )
     assert done.returncode == 0, done.stderr
     stored = json.loads((run / "config.json").read_text())["model"]["vision"]
-    assert (stored["width"], stored["pool"], stored["pos_embed"]) == (48, "cls", "grid")
+    assert (stored["width"], stored["pool"], stored["pos_embed"]) == (48, "mean", "grid")
     assert json.loads((run / "result.json").read_text())["metrics"]["accuracy@1"] > 0.9
 
     other = navit(
@@ -116,6 +130,49 @@ def test_fine_tuning_starts_from_weights_at_a_higher_resolution(
     assert other.returncode == 2
     assert "patch_size must be that of the weights" in other.stderr
     assert "(8); got 16" in other.stderr
+
+
+def as_folder(shard: str, folder: Path) -> Path:
+    """Write a shard's images as files below one subfolder a class, and one broken file."""
+    for raw in iter_shard(shard, on_problem=lambda cause, detail: None):
+        target = folder / "rgb"[int(raw.members["cls"])] / f"{raw.key.rpartition('/')[2]}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(raw.members["png"])
+    (folder / "r" / "broken.jpg").write_bytes(b"no image")
+    (folder / "r" / "notes.txt").write_text("passed over")
+    return folder
+
+
+def test_a_folder_with_one_subfolder_a_class_trains_stops_and_resumes(
+    shards: list[str], tmp_path: Path
+) -> None:
+    train, val = as_folder(shards[1], tmp_path / "train"), as_folder(shards[3], tmp_path / "val")
+    options = ("--shards", train, "--val", val, *RUN[2:], *SHAPE, *DATA)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # More than an epoch: 90 images of some 9 tokens are 4 batches of 4 x 64 places.
+    for run, steps, resume in ((whole, "24", ()), (parts, "7", ()), (parts, "24", ("--resume",))):
+        done = navit(
+            *("train", "classify", *options, "--run", run),
+            *("--steps", steps, "--optim.cooldown-steps", "0", *resume),
+        )
+        assert done.returncode == 0, done.stderr
+    assert "90 images of 3 classes" in done.stderr or "91 images of 3 classes" in done.stderr
+    assert losses(parts) == losses(whole)
+    result = json.loads((parts / "result.json").read_text())
+    assert result["metrics"]["accuracy@1"] > 0.9
+
+    # The names of the classes, not their places among the folders there are, are the labels.
+    for name in "gb":
+        shutil.rmtree(val / name)
+    found = tmp_path / "found.json"
+    done = navit("evaluate", parts, "--shards", val, "--json", found)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(found.read_text())["accuracy@1"] > 0.9
+    assert "decode_error" in done.stdout
+    (val / "yellow").mkdir()
+    done = navit("evaluate", parts, "--shards", val)
+    assert done.returncode == 2
+    assert "must be the classes 'b', 'g', 'r'; got 'yellow' beside" in done.stderr
 
 
 def test_classes_must_be_counted(shards: list[str]) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from navit.evaluate.classify import evaluate_classifier, hits_at
+from navit.evaluate.classify import evaluate_classifier, hits_at, labelled_pass
+from navit.evaluate.run import Evaluation
 from navit.model import NaViTConfig
 from navit.model.classifier import Classifier, ClassifierConfig
 from packer import PackerConfig
@@ -50,16 +51,18 @@ def test_a_constant_classifier_hits_nothing(tmp_path: Path) -> None:
         sample["label"] = i % 3
     shards = make_shards(tmp_path, samples, 5)
     model = tiny(3)
-    config = PackerConfig(patch_size=8, seq_len=64)
-    how = {"sequences_per_batch": 2, "device": torch.device("cpu"), "progress": False}
 
-    assert evaluate_classifier(model, shards, config, **how).metrics == {
+    def evaluate() -> Evaluation:
+        batches = labelled_pass(shards, PackerConfig(patch_size=8, seq_len=64), 2)
+        return evaluate_classifier(model, batches, device=torch.device("cpu"), progress=False)
+
+    assert evaluate().metrics == {
         "accuracy@1": 0.0,
         "chance/accuracy@1": 1 / 3,
     }
     with torch.no_grad():
         model.head.bias[2] = 1.0
-    found = evaluate_classifier(model, shards, config, **how)
+    found = evaluate()
     assert found.metrics["accuracy@1"] == pytest.approx(4 / 12)
     assert found.stats.images == 12
     assert found.pairs is None
