@@ -1,7 +1,8 @@
 """One logical stream: a reader's position in the shards, a shuffle window, an engine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from packer.batch import PackedBatch
@@ -9,14 +10,30 @@ from packer.captions import CaptionTokenizer
 from packer.config import PackerConfig
 from packer.errors import NOTED_CAUSES, SkipSample
 from packer.pack import PackEngine, PendingImage, Transform, plan_sample
+from packer.plan.deal import deals_shards, stream_shards
 from packer.plan.draws import keyed_draws
 from packer.sample import Sample, as_sample
-from packer.shards import Problem, RawSample, iter_shard, read_sample_at, sample_from_raw
+from packer.shards import Problem, RawSample, iter_shard, read_samples_at, sample_from_raw
+from packer.size_index import Header, SizeSource
+from packer.source import shown
 
 Ref = tuple[int, int, int]
 """Where a sample is: (epoch, shard, byte offset in the shard)."""
 
+Place = tuple[int, int]
+"""Where a sample's bytes are: (shard, byte offset in the shard)."""
+
 Need = Literal["caption", "label"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A sample in the shuffle window: read, and not yet planned."""
+
+    ref: Ref
+    raw: RawSample
+    header: Header | None
+    """What a size index says of its image; None leaves the header to be read."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class StreamSource:
     """What all logical streams of a `PackedStream` share; its arguments say what each means."""
 
     shards: tuple[str, ...]
-    """Paths of the shards."""
+    """Paths, URLs and commands of the shards."""
     config: PackerConfig
     """What is done to every image."""
     sequences_per_batch: int
@@ -41,6 +58,8 @@ class StreamSource:
     """Whether each epoch reads the shards in another order."""
     shuffle_window: int
     """Samples among which the next one is drawn."""
+    size_index: bool
+    """Whether sizes are taken from the indices beside the shards, and stored there."""
     fingerprint: int
     """CRC-32 of what positions depend on: the shards in order, the seed, the shuffling."""
 
@@ -75,7 +94,7 @@ class LogicalStream:
         """Samples of the current shard read so far, those of other streams included."""
         self.draws: int = state.get("draws", 0)
         """Samples drawn from the window."""
-        self.window: list[tuple[Ref, RawSample]] = []
+        self.window: list[Waiting] = []
 
     def __iter__(self) -> Iterator[PackedBatch]:
         self._restore_pending()
@@ -85,15 +104,24 @@ class LogicalStream:
 
     def _batches(self) -> Iterator[PackedBatch]:
         yield from self.engine.batches()  # one image may have completed several
-        for ref, raw in self._shuffled():
-            try:
-                sample = self._sample(raw, self._problem)
-            except SkipSample as error:
-                self.engine.reader.skip_unread(error, raw.key)
-                continue
-            self.engine.add(sample, epoch=ref[0], ref=ref)
+        for item, images_seen in self._shuffled():
+            self._plan(item, images_seen)
             yield from self.engine.batches()
         yield from self.engine.finish()
+
+    def _plan(self, item: Waiting, images_seen: int) -> None:
+        skip = self.engine.reader.skip_unread
+        try:
+            sample = self._sample(item.raw, self._problem)
+        except SkipSample as error:
+            skip(error, item.raw.key)
+            return
+        if isinstance(item.header, SkipSample):
+            skip(item.header, item.raw.key)
+            return
+        self.engine.add(
+            sample, epoch=item.ref[0], images_seen=images_seen, ref=item.ref, info=item.header
+        )
 
     def _sample(self, raw: RawSample, on_problem: Problem | None = None) -> Sample:
         fields = sample_from_raw(
@@ -113,13 +141,14 @@ class LogicalStream:
             "offset": self.offset,
             "index": self.index,
             "draws": self.draws,
-            "window": [list(ref) for ref, _ in self.window],
+            "window": [list(item.ref) for item in self.window],
             "ready": [
-                [[list(image.ref), image.plan.num_kept] for image in sequence]
+                [[*image.ref, image.images_seen, image.plan.num_kept] for image in sequence]
                 for sequence in self.engine.ready
             ],
             "placer": [
-                [list(image.ref), *place] for image, *place in self.engine.placer.snapshot()
+                [*image.ref, image.images_seen, *place]
+                for image, *place in self.engine.placer.snapshot()
             ],
         }
 
@@ -128,38 +157,47 @@ class LogicalStream:
         state = self._initial
         if state is None:
             return
-        for value in state["window"]:
-            ref = _as_ref(value)
-            self.window.append((ref, self._read_again(ref)))
+        rows = [*state["window"], *state["placer"], *chain.from_iterable(state["ready"])]
+        raws = self._read_again({(row[1], row[2]) for row in rows})
+        self.window = [Waiting(_as_ref(row), raws[row[1], row[2]], None) for row in state["window"]]
         self.engine.ready = [
-            [self._plan_again(_as_ref(ref), length) for ref, length in sequence]
-            for sequence in state["ready"]
+            [self._plan_again(row, raws) for row in sequence] for sequence in state["ready"]
         ]
         self.engine.placer.restore(
-            (self._plan_again(_as_ref(ref), length), length, *place)
-            for ref, length, *place in state["placer"]
+            (self._plan_again(row, raws), *row[4:]) for row in state["placer"]
         )
 
-    def _read_again(self, ref: Ref) -> RawSample:
-        _, shard, offset = ref
-        path = self.source.shards[shard]
-        try:
-            return read_sample_at(path, offset)
-        except (OSError, ValueError) as error:
-            raise _changed(f"the sample at byte {offset} of {path}", str(error)) from error
+    def _read_again(self, places: Collection[Place]) -> dict[Place, RawSample]:
+        """Read the samples at (shard, offset); each shard is opened once."""
+        by_shard: dict[int, list[int]] = {}
+        for shard, offset in sorted(places):
+            by_shard.setdefault(shard, []).append(offset)
+        raws: dict[Place, RawSample] = {}
+        for shard, offsets in by_shard.items():
+            path = self.source.shards[shard]
+            try:
+                found = read_samples_at(path, offsets)
+            except (OSError, ValueError) as error:
+                raise _changed(f"a sample of {shown(path)}", str(error)) from error
+            raws |= {(shard, offset): raw for offset, raw in found.items()}
+        return raws
 
-    def _plan_again(self, ref: Ref, length: int) -> PendingImage:
-        raw = self._read_again(ref)
+    def _plan_again(self, row: Sequence[int], raws: Mapping[Place, RawSample]) -> PendingImage:
+        """Plan an image of a row (epoch, shard, offset, images seen, length, ...) again."""
+        ref, images_seen, length = _as_ref(row), row[3], row[4]
+        raw = raws[ref[1:]]
+        config = self.source.config
         try:
-            image = plan_sample(self._sample(raw), self.source.config, epoch=ref[0], ref=ref)
+            sample = self._sample(raw)
+            image = plan_sample(sample, config, epoch=ref[0], images_seen=images_seen, ref=ref)
         except SkipSample as error:
             raise _changed(raw.key, str(error)) from error
         if image.plan.num_kept != length:
             raise _changed(raw.key, f"it had {length} tokens and now has {image.plan.num_kept}")
         return image
 
-    def _shuffled(self) -> Iterator[tuple[Ref, RawSample]]:
-        """Draw the next sample from a window of those read, keyed by the number of draws."""
+    def _shuffled(self) -> Iterator[tuple[Waiting, int]]:
+        """Draw the next sample from a window of those read, with the images the run has seen."""
         for item in self._read():
             self.window.append(item)
             if len(self.window) >= self.source.shuffle_window:
@@ -167,14 +205,15 @@ class LogicalStream:
         while self.window:
             yield self._draw()
 
-    def _draw(self) -> tuple[Ref, RawSample]:
+    def _draw(self) -> tuple[Waiting, int]:
         key = f"window of stream {self.number}"
         choice = keyed_draws(self.source.config.seed, self.draws, key).spare % len(self.window)
+        images_seen = self.draws * self.num_streams  # as if all streams were as far as this one
         self.draws += 1
         self.window[choice], self.window[-1] = self.window[-1], self.window[choice]
-        return self.window.pop()
+        return self.window.pop(), images_seen
 
-    def _read(self) -> Iterator[tuple[Ref, RawSample]]:
+    def _read(self) -> Iterator[Waiting]:
         """Read samples on from the current position, epoch after epoch."""
         while self.source.epochs is None or self.epoch < self.source.epochs:
             order = self._shard_order()
@@ -192,35 +231,45 @@ class LogicalStream:
                 )
             self.epoch, self.turn = self.epoch + 1, 0
 
-    def _read_shard(self, shard: int) -> Iterator[tuple[Ref, RawSample]]:
-        path = self.source.shards[shard]
-        after = self.offset
-        for raw in iter_shard(path, start_offset=max(after, 0), on_problem=self._shard_problem):
+    def _read_shard(self, shard: int) -> Iterator[Waiting]:
+        path, after = self.source.shards[shard], self.offset
+        sizes = None
+        if self.source.size_index:
+            sizes = SizeSource(path, record=self._deals_shards() and after < 0)
+
+        def on_problem(cause: str, detail: str) -> None:
+            if sizes is not None and cause == "missing_shard":
+                sizes.give_up()
+            if self._is_my_turn():  # streams that share a shard meet a defect each: one counts it
+                self._problem(cause, detail)
+
+        for raw in iter_shard(path, start_offset=max(after, 0), on_problem=on_problem):
             if raw.offset == after:
                 continue  # read before the state was taken
             mine = self._is_my_turn()
             self.offset, self.index = raw.offset, self.index + 1
             if mine:
-                yield (self.epoch, shard, raw.offset), raw
+                header = None if sizes is None else sizes.header(raw)
+                yield Waiting((self.epoch, shard, raw.offset), raw, header)
+        if sizes is not None:
+            sizes.finish()
 
     def _is_my_turn(self) -> bool:
         """Whether what comes next in the current shard is this stream's."""
         return self._deals_shards() or self.index % self.num_streams == self.number
 
     def _deals_shards(self) -> bool:
-        """Whether streams own whole shards; with fewer shards than streams they share them."""
-        return len(self.source.shards) >= self.num_streams
+        return deals_shards(len(self.source.shards), self.num_streams)
 
     def _shard_order(self) -> list[int]:
-        order = list(range(len(self.source.shards)))
-        if self.source.shuffle_shards:
-            seed = self.source.config.seed
-            order.sort(key=lambda shard: keyed_draws(seed, self.epoch, f"shard {shard}").spare)
-        return order[self.number :: self.num_streams] if self._deals_shards() else order
-
-    def _shard_problem(self, cause: str, detail: str) -> None:
-        if self._is_my_turn():  # streams that share a shard meet the same defect: one counts it
-            self._problem(cause, detail)
+        return stream_shards(
+            len(self.source.shards),
+            self.number,
+            self.num_streams,
+            seed=self.source.config.seed,
+            epoch=self.epoch,
+            shuffle=self.source.shuffle_shards,
+        )
 
     def _problem(self, cause: str, detail: str) -> None:
         """Count a defect of a shard: a lost sample or shard as skipped, anything else as noted."""
@@ -230,13 +279,13 @@ class LogicalStream:
             self.engine.reader.skip_unread(SkipSample(cause, detail), "")
 
 
-def _as_ref(value: Sequence[int]) -> Ref:
-    epoch, shard, offset = value
+def _as_ref(row: Sequence[int]) -> Ref:
+    epoch, shard, offset = row[:3]
     return epoch, shard, offset
 
 
 def _changed(what: str, found: str) -> ValueError:
     return ValueError(
-        f"{what} waited for its place when the state was taken and must be as it was: {found}. "
-        "Restore the shard and the packer's settings, or start without a state."
+        f"{what} waited for its place when the state was taken and must be as it was; "
+        f"{found.rstrip('.')}. Restore shard and settings, or start without a state."
     )

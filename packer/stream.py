@@ -7,60 +7,25 @@ nothing else, resumes exactly whatever a `DataLoader` had prefetched.
 """
 
 from binascii import crc32
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
+from packer.assemble import assemble
 from packer.batch import PackedBatch
 from packer.captions import CaptionTokenizer
 from packer.config import PackerConfig
+from packer.loader_state import LoaderState
 from packer.logical_stream import LogicalStream, Need, StreamSource
 from packer.pack import Transform
+from packer.plan.deal import reader_streams
 from packer.shards import expand_shards
+from packer.source import is_remote, shard_name
 
-
-@dataclass
-class LoaderState:
-    """What a run has consumed: updated after every optimizer step, stored with the checkpoint."""
-
-    num_streams: int = 0
-    """Logical streams of the run; 0 before the first batch."""
-    batches: int = 0
-    """Batches this rank has consumed."""
-    streams: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    """The latest state of each stream that has given a batch."""
-
-    def update(self, batch: PackedBatch) -> None:
-        """Take note that ``batch`` has been trained on."""
-        if batch.state is None:
-            raise ValueError(
-                "LoaderState.update needs a batch of a PackedStream; this batch has no state "
-                "(batches of a collator have none)."
-            )
-        self.num_streams = int(batch.state["num_streams"])
-        self.streams[int(batch.state["stream"])] = batch.state
-        self.batches += 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready description."""
-        return {
-            "num_streams": self.num_streams,
-            "batches": self.batches,
-            "streams": [dict(self.streams[stream]) for stream in sorted(self.streams)],
-        }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "LoaderState":
-        """Read what `to_dict` wrote."""
-        return cls(
-            num_streams=value["num_streams"],
-            batches=value["batches"],
-            streams={int(state["stream"]): state for state in value["streams"]},
-        )
+__all__ = ["LoaderState", "PackedStream"]
 
 
 class PackedStream(IterableDataset[PackedBatch]):
@@ -73,7 +38,10 @@ class PackedStream(IterableDataset[PackedBatch]):
     ends).
 
     Args:
-        shards: Tar shards: a path, a brace range (``pairs-{000..099}.tar``), or a list of these.
+        shards: Tar shards: a path, a brace range (``pairs-{000..099}.tar``), an http(s) URL, a
+            ``pipe:`` command, or a list of these (`packer.shards.expand_shards`). A URL or command
+            that fails is counted, and fatal only after ``config.max_failures_in_row``; to resume,
+            it is read on to where it was.
         config: What is done to every image.
         sequences_per_batch: B.
         tokenizer: Turns captions into ``batch.captions``.
@@ -81,17 +49,22 @@ class PackedStream(IterableDataset[PackedBatch]):
         need: "caption" or "label": a sample without it is skipped and counted, and "caption" leaves
             labels out; None needs neither and takes what is there.
         epochs: Passes over the data, after which what waits is flushed; None never ends. On
-            several ranks a finite stream may give them different numbers of batches.
+            several ranks a finite stream may give them different numbers of batches
+            (`packer.lockstep.in_step` evens them out).
         shuffle_shards: Whether each epoch reads the shards in another order.
         shuffle_window: Samples among which the next one is drawn; 1 keeps the shards' order.
+        size_index: Whether image sizes are taken from an index beside each local shard
+            (`packer.size_index`), which the first stream that reads all of a shard stores. Batches
+            are the same with and without.
         num_streams: Logical streams; None means ranks x max(workers, 1) at the first start.
         rank: This process's rank; None asks torch.distributed.
         world_size: Number of ranks; None asks torch.distributed.
-        state: Continue after the batches this state has seen.
+        state: Continue after the batches this state has seen: that of this rank, or, on another
+            number of ranks, `LoaderState.merge` of those of all ranks.
 
     Raises:
         ValueError: If a setting is out of range, a shard does not exist, or the state belongs to
-            other shards; while iterating, if a sample the state needs has changed.
+            other shards or another rank; while iterating, if a sample the state needs has changed.
         TooManyFailures: While iterating, after ``config.max_failures_in_row`` skipped samples.
         RuntimeError: While iterating without end, if an epoch holds no sample for a stream.
     """
@@ -108,6 +81,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         epochs: int | None = None,
         shuffle_shards: bool = True,
         shuffle_window: int = 1,
+        size_index: bool = False,
         num_streams: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -125,7 +99,10 @@ class PackedStream(IterableDataset[PackedBatch]):
                 raise ValueError(f"{name} must be at least 1; got {value}.")
         paths = tuple(expand_shards(shards))
         # What a position in the stream depends on; a state taken on something else is refused.
-        sizes = [(Path(path).name, Path(path).stat().st_size) for path in paths]
+        sizes = [
+            (shard_name(path), -1 if is_remote(path) else Path(path).stat().st_size)
+            for path in paths
+        ]
         described = [sizes, config.seed, shuffle_shards, shuffle_window]
         self.source = StreamSource(
             shards=paths,
@@ -137,6 +114,7 @@ class PackedStream(IterableDataset[PackedBatch]):
             epochs=epochs,
             shuffle_shards=shuffle_shards,
             shuffle_window=shuffle_window,
+            size_index=size_index,
             fingerprint=crc32(repr(described).encode()),
         )
         self.num_streams = num_streams
@@ -148,6 +126,12 @@ class PackedStream(IterableDataset[PackedBatch]):
     def _check_state(self) -> None:
         """Take the number of streams from the state, and refuse a state of another run."""
         state = self.state
+        if state.ranks and (state.rank, state.ranks) != (self.rank, self.world_size):
+            raise ValueError(
+                f"the state is that of rank {state.rank} of {state.ranks}; this is rank "
+                f"{self.rank} of {self.world_size}. Give each rank its own, or to all of them "
+                "what LoaderState.merge makes of the states of all ranks."
+            )
         if state.num_streams:
             if self.num_streams not in (None, state.num_streams):
                 raise ValueError(
@@ -178,12 +162,14 @@ class PackedStream(IterableDataset[PackedBatch]):
             return
         # A DataLoader takes batch t from worker t mod workers, and counts from 0 again after a
         # resume, so the worker that gives the next batch is always the first. Where the readers
-        # divide the streams, batch t of this rank is global batch t * ranks + rank, of that stream.
+        # divide the streams, batch t of this rank is global batch before + t * ranks + rank, of
+        # that stream. Modulo the ranks no t matters: each rank keeps its streams.
         readers = self.world_size * workers
-        first = ((self.state.batches + number) * self.world_size + self.rank) % readers
+        next_batch = (self.state.batches + number) * self.world_size + self.rank
+        first = (self.state.before + next_batch) % readers
         streams = [
             LogicalStream(self.source, s, num_streams, self.state.streams.get(s))
-            for s in range(first, num_streams, readers)
+            for s in reader_streams(first, readers, num_streams)
         ]
         running = {stream: iter(stream) for stream in streams}
         while running:
@@ -192,7 +178,29 @@ class PackedStream(IterableDataset[PackedBatch]):
             if batch is None:
                 del running[stream]
             else:
-                yield batch
+                yield self._of_this_rank(batch)
+
+    def empty_batch(self) -> PackedBatch:
+        """Build a batch of this stream's B and L without images, which no stream has given.
+
+        A rank whose streams have ended takes it while others go on (`packer.lockstep.in_step`);
+        `LoaderState.update` counts it, and no stream moves.
+        """
+        config = self.source.config
+        batch = assemble(
+            [[] for _ in range(self.source.sequences_per_batch)],
+            seq_len=config.seq_len,
+            patch_size=config.patch_size,
+            max_images_per_seq=config.max_images_per_seq,
+            tokenizer=self.source.tokenizer,
+            max_text_tokens=config.max_text_tokens,
+        )
+        state = {"stream": None, "num_streams": self.num_streams or 0}
+        return self._of_this_rank(replace(batch, state=state))
+
+    def _of_this_rank(self, batch: PackedBatch) -> PackedBatch:
+        state = {**(batch.state or {}), "rank": self.rank, "ranks": self.world_size}
+        return replace(batch, state=state)
 
 
 def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 Headers are parsed by the standard `tarfile` (11 us each); the walk is ours, because resuming needs
 offsets and because `tarfile` ends silently where a shard is cut at a header. The long names of GNU
-and POSIX (pax) tars are understood.
+and POSIX (pax) tars are understood. Offsets only rise, so a stream that cannot seek is walked too.
 """
 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from os import SEEK_END
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
+
+from packer.source import ShardReader
 
 _BLOCK = 512
 _MAX_EXTENSION_HEADER = 1 << 20  # bytes; a name longer than this is a damaged header
@@ -24,11 +25,18 @@ class Defect(Exception):
 
 
 class Member(NamedTuple):
-    """A file in a tar: its path, the byte offset of its first header, its content."""
+    """A file in a tar."""
 
     name: str
+    """Its path."""
     offset: int
+    """Byte offset of its first header."""
+    data_offset: int
+    """Byte offset of its content."""
+    length: int
+    """Bytes of its content."""
     data: bytes
+    """What was read of its content."""
 
 
 @dataclass(slots=True)
@@ -37,7 +45,8 @@ class Group:
 
     key: str
     offset: int
-    members: dict[str, bytes] = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)
+    """By extension, in small letters."""
     repeated: bool = False
 
 
@@ -64,7 +73,7 @@ def grouped(members: Iterator[Member]) -> Iterator[Group]:
                     yield group
                 group = Group(key, member.offset)
             group.repeated |= extension in group.members
-            group.members[extension] = member.data
+            group.members[extension] = member
     except Defect as defect:
         if group is not None and _is_whole(group, defect):
             yield group
@@ -82,44 +91,50 @@ def _is_whole(group: Group, defect: Defect) -> bool:
     return parts is None or parts[0] != group.key
 
 
-def walk(file: BinaryIO, offset: int, read_from: int) -> Iterator[Member]:
-    """Yield regular members from a header at ``offset`` on; those before ``read_from`` unread."""
-    size = file.seek(0, SEEK_END)
+def walk(
+    reader: ShardReader, offset: int, read_from: int, *, most: int | None = None
+) -> Iterator[Member]:
+    """Yield regular members from a header at ``offset`` on; those before ``read_from`` unread.
+
+    Args:
+        reader: The shard.
+        offset: Where a header starts.
+        read_from: The content of members that start before is left out.
+        most: Bytes of a member's content that are read; None reads all.
+    """
     while True:
         start = offset
-        header, offset, name = _read_header(file, offset, size)
+        header, offset, name = _read_header(reader, offset)
         if header is None:
             return
         is_file = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
         if header.issparse() or header.size < 0:
             raise Defect("corrupt_shard", f"{name} at byte {start} is sparse or has no valid size")
         length = header.size if is_file else 0
-        if offset + length > size:
-            raise Defect("truncated_shard", f"the file ends inside {name}", name)
+        data = b""
+        if start >= read_from:
+            data = reader.read(offset, length if most is None else min(length, most))
+        if not reader.reaches(offset + length):
+            raise _ended(reader, "truncated_shard", f"the file ends inside {name}", name)
         if is_file:
-            data = b""
-            if start >= read_from:
-                file.seek(offset)
-                data = file.read(length)
-            yield Member(name, start, data)
+            yield Member(name, start, offset, length, data)
         offset += _padded(length)
 
 
-def _read_header(file: BinaryIO, offset: int, size: int) -> tuple[tarfile.TarInfo | None, int, str]:
+def _read_header(reader: ShardReader, offset: int) -> tuple[tarfile.TarInfo | None, int, str]:
     """Read a header and its extensions: (None at the end mark, offset of the data, name)."""
     changes: dict[str, str] = {}
     while True:
-        file.seek(offset)
-        block = file.read(_BLOCK)
+        block = reader.read(offset, _BLOCK)
         if not block and offset == 0:
-            raise Defect("truncated_shard", "the file is empty")
+            raise _ended(reader, "truncated_shard", "the file is empty", failed="missing_shard")
         if not block and not changes:
-            raise Defect("unterminated_shard", "the file ends without the tar's end mark")
+            raise _ended(reader, "unterminated_shard", "the file ends without the tar's end mark")
         if len(block) < _BLOCK:
             whole_name = b"\0" in block[:100] and not changes
             cut = block.partition(b"\0")[0].decode("utf-8", "surrogateescape")
             detail = f"the file ends inside a header, at byte {offset}"
-            raise Defect("truncated_shard", detail, cut if whole_name else None)
+            raise _ended(reader, "truncated_shard", detail, cut if whole_name else None)
         if not block.strip(b"\0"):
             return None, offset, ""
         try:
@@ -133,10 +148,26 @@ def _read_header(file: BinaryIO, offset: int, size: int) -> tuple[tarfile.TarInf
             return header, offset, changes.get("path", header.name)
         if not 0 <= header.size <= _MAX_EXTENSION_HEADER:
             raise Defect("corrupt_shard", f"an extension header of {header.size} bytes")
-        if offset + header.size > size:
-            raise Defect("truncated_shard", f"the file ends inside a header, at byte {offset}")
-        changes |= _extension_header(header.type, file.read(header.size))
+        extension = reader.read(offset, header.size)
+        if len(extension) < header.size:
+            detail = f"the file ends inside a header, at byte {offset}"
+            raise _ended(reader, "truncated_shard", detail)
+        changes |= _extension_header(header.type, extension)
         offset += _padded(header.size)
+
+
+def _ended(
+    reader: ShardReader,
+    cause: str,
+    detail: str,
+    name: str | None = None,
+    *,
+    failed: str = "truncated_shard",
+) -> Defect:
+    """Describe an end of the bytes: as ``failed`` where the source says that it failed."""
+    if reader.failure:
+        return Defect(failed, f"{reader.failure}; {detail}", name)
+    return Defect(cause, detail, name)
 
 
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -156,11 +187,13 @@ def _extension_header(kind: bytes, data: bytes) -> dict[str, str]:
     if kind in _PAX_TYPES:
         while data.strip(b"\0"):  # records "<length> <keyword>=<value>\n"
             digits, _, _ = data.partition(b" ")
-            if not digits.isdigit() or not 4 <= int(digits) <= len(data):
+            if not digits.isdigit() or len(digits) > 7 or not 4 <= int(digits) <= len(data):
                 raise Defect("corrupt_shard", "a damaged pax header")
             record, data = data[len(digits) + 1 : int(digits) - 1], data[int(digits) :]
             keyword, _, value = record.decode("utf-8", "surrogateescape").partition("=")
-            if keyword == "path" or (keyword == "size" and value.isdigit()):
+            if keyword == "size" and not (value.isdecimal() and len(value) < 20):
+                raise Defect("corrupt_shard", "a damaged pax header")
+            if keyword in ("path", "size"):
                 found[keyword] = value
     return found
 

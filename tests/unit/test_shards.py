@@ -17,7 +17,7 @@ from packer.shards import (
     RawSample,
     expand_shards,
     iter_shard,
-    read_sample_at,
+    read_samples_at,
     sample_from_raw,
     write_shards,
 )
@@ -82,7 +82,8 @@ def test_members_are_those_of_tarfile(
         f"any.tar/{stem}": members for stem, members in expected.items()
     }
     assert not problems
-    assert [read_sample_at(path, sample.offset) for sample in samples] == samples
+    offsets = [sample.offset for sample in samples]
+    assert list(read_samples_at(path, reversed(offsets)).values()) == samples
     for start in samples:
         resumed, _ = read(path, start_offset=start.offset)
         assert resumed == samples[samples.index(start) :]
@@ -245,6 +246,30 @@ def test_a_damaged_byte_never_raises(
     read(path)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        pytest.param(b"9" * 5000 + b" size=1\n", id="length of 5,000 digits"),
+        pytest.param(b"5012 size=" + b"9" * 5001 + b"\n", id="size of 5,000 digits"),
+        pytest.param("11 size=²\n".encode(), id="a digit that is no number"),
+        pytest.param(b"11 size=-1\n", id="negative size"),
+    ],
+)
+def test_a_number_in_a_pax_header_that_is_none_is_reported(tmp_path: Path, record: bytes) -> None:
+    path = write_tar(tmp_path / "s.tar", [("a.jpg", b"1"), ("x.pax", record), ("b.jpg", b"2")])
+    data = bytearray(path.read_bytes())
+    block = data[1024:1536]
+    block[156:157], block[148:156] = tarfile.XHDTYPE, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    data[1024:1536] = block
+    path.write_bytes(data)
+    samples, problems = read(path)
+    assert keys(samples) == []  # what follows may have been another member of the first one
+    assert [(cause, detail.rpartition(": ")[2]) for cause, detail in problems] == [
+        ("corrupt_shard", "a damaged pax header")
+    ]
+
+
 def test_a_missing_shard_is_reported_when_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.tar", tmp_path):
         samples, problems = read(path)
@@ -265,7 +290,7 @@ def test_a_reader_that_stops_early_leaves_no_file_open(tmp_path: Path) -> None:
         assert is_open()
     del samples
     gc.collect()  # an unclosed file would be a ResourceWarning, hence an error
-    read_sample_at(path, 0)
+    read_samples_at(path, [0])
     if folder.exists():
         assert not is_open()
 
@@ -274,9 +299,9 @@ def test_an_offset_where_no_sample_starts_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", pairs(2))
     for offset in (512, 10**6):
         with pytest.raises(ValueError, match=f"must start at byte {offset}"):
-            read_sample_at(path, offset)
+            read_samples_at(path, [0, offset])
     with pytest.raises(OSError, match="none"):
-        read_sample_at(tmp_path / "none.tar", 0)
+        read_samples_at(tmp_path / "none.tar", [0])
 
 
 def test_brace_ranges_globs_folders_and_lists_expand(tmp_path: Path) -> None:
@@ -300,8 +325,8 @@ def test_what_names_no_shard_is_refused_with_its_name(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="must") as caught:
             expand_shards(str(tmp_path / spec))
         assert spec in str(caught.value)
-    with pytest.raises(ValueError, match="local files"):
-        expand_shards("https://example.org/a-{0..3}.tar")
+    with pytest.raises(ValueError, match=r"local files, http\(s\) URLs or 'pipe:'.*s3 cp URL -"):
+        expand_shards("s3://bucket/a-{0..3}.tar")
     with pytest.raises(ValueError, match="empty list"):
         expand_shards([])
 
@@ -358,6 +383,8 @@ def raw_sample(**members: bytes) -> RawSample:
         ({"jpg": b"1", "txt": b" \n"}, "caption", "missing_caption"),
         ({"jpg": b"1", "txt": b"a"}, "label", "missing_label"),
         ({"jpg": b"1", "cls": b"cat"}, "label", "bad_label"),
+        ({"jpg": b"1", "cls": b"9" * 30}, "label", "bad_label"),
+        ({"jpg": b"1", "cls": b"9" * 5000}, "label", "bad_label"),
     ],
 )
 def test_an_incomplete_sample_is_a_skip(members: dict[str, bytes], need: Any, cause: str) -> None:
