@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from packer.errors import SkipSample
-from packer.pillow import open_image, raised_in_pillow, reading, to_rgb
+from packer.pillow import open_image, raised_in_pillow, reading, rgb_pixels, to_rgb
 from packer.plan.types import Box, ImageSize
 
 _ORIENTATION_TAG = 0x0112
 _TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
+_JPEG_SCAN, _JPEG_LOSSLESS_FRAMES = 0xDA, frozenset({0xC3, 0xC7, 0xCB, 0xCF})  # second bytes
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -129,7 +130,8 @@ def decode_rgb(
             # the end of a whole image are ignored.
             data = _as_bytes(image)
             opened = open_image(data + b"\xff\xd9" if keep_truncated and _is_jpeg(data) else data)
-            scale = _draft(opened, info, stored, grid_pixels) if mode == "reduced" else 1
+            reducible = mode == "reduced" and not _is_lossless_jpeg(data)
+            scale = _draft(opened, info, stored, grid_pixels) if reducible else 1
         _load(opened, info, scale, keep_truncated=keep_truncated)
         edges = _scaled(stored, scale, opened.size)
         if edges != (0, 0, *opened.size):
@@ -138,20 +140,27 @@ def decode_rgb(
         if info.orientation in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[info.orientation])
         # DLPack shares the array's memory; from_numpy would warn that it is read-only.
-        return from_dlpack(np.asarray(rgb))
+        return from_dlpack(rgb_pixels(rgb))
 
 
-def image_crc(image: object) -> str:
+def image_crc(image: object, *, max_pixels: int | None = None) -> str:
     """Return the key of a sample that has none: CRC-32 of its bytes, or of its pixels.
 
+    Args:
+        image: As for `read_size`.
+        max_pixels: Largest pixel count of a PIL image, which may have to be decoded for it; None
+            sets no limit.
+
     Raises:
-        SkipSample: If a PIL image cannot be decoded.
+        SkipSample: If a PIL image cannot be decoded, or is too large for it.
         ValueError: As for `read_size`.
     """
     if isinstance(image, np.ndarray | Tensor):
         data: Any = np.ascontiguousarray(_check_array(image))
     elif isinstance(image, Image.Image):
-        with reading():
+        with reading(max_pixels):
+            if max_pixels is not None:
+                check_pixels(_describe(image).size, max_pixels)
             data = image.tobytes()
     else:
         data = _as_bytes(image)
@@ -269,6 +278,16 @@ def _as_bytes(image: object) -> bytes:
 
 def _is_jpeg(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8\xff")
+
+
+def _is_lossless_jpeg(data: bytes) -> bool:
+    """Whether the frame header is that of a lossless JPEG, which cannot be decoded reduced."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _JPEG_SCAN:
+        if data[at + 1] in _JPEG_LOSSLESS_FRAMES:
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return False
 
 
 def _check_array(image: npt.NDArray[Any] | Tensor) -> npt.NDArray[np.uint8]:

@@ -1,5 +1,23 @@
 """What goes wrong with data: what is skipped and counted, what is only noted, and when to stop."""
 
+CAUSES = {
+    "decode_error": "no image, or one that is damaged",
+    "too_many_pixels": "above max_pixels, never decoded",
+    "size_mismatch": "not of the size that was planned",
+    "aspect_ratio": "beyond max_aspect_ratio",
+    "missing_image": "no image in the sample",
+    "missing_caption": "no caption, or an empty one",
+    "missing_label": "no label",
+    "bad_label": "the .cls is no 64-bit integer",
+    "duplicate_key": "a key that had come before",
+    "truncated_shard": "shard ends inside a sample",
+    "corrupt_shard": "no tar header where one must be",
+    "missing_shard": "shard cannot be opened or read",
+    "unterminated_shard": "shard ends without its end mark",
+    "caption_replaced": "caption not UTF-8, bytes replaced",
+}
+"""Every cause that is counted, in the order of the table at the end of a run: what it means."""
+
 NOTED_CAUSES = frozenset({"caption_replaced", "unterminated_shard"})
 """Causes that lose no sample: it is used, and the defect is counted as noted, not as skipped."""
 

@@ -111,7 +111,7 @@ class SampleReader:
         """
         sample: Sample | None = None
         try:
-            sample = as_sample(value)
+            sample = as_sample(value, max_pixels=self.config.max_pixels)
             image = plan_sample(
                 sample,
                 self.config,

@@ -189,6 +189,9 @@ def test_16_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
         (np.array([[-1.0, 0.0, 1.0]], np.float32), [0, 128, 255]),
         (np.array([[np.nan, 0.2, 1.0]], np.float32), [0, 51, 255]),
         (np.array([[-3.0, -3.0, -3.0]], np.float32), [0, 0, 0]),
+        (np.array([[np.inf, 0.2, 1.0]], np.float32), [255, 51, 255]),
+        (np.array([[-np.inf, -1.0, 1.0]], np.float32), [0, 0, 255]),
+        (np.array([[np.inf, np.nan, -np.inf]], np.float32), [0, 0, 0]),
     ],
 )
 def test_wide_grey_is_scaled_to_8_bits(values: np.ndarray, expected: list[int]) -> None:
@@ -393,6 +396,26 @@ def test_a_header_that_belies_the_pixels_is_a_decode_error() -> None:
     data = encode(smooth(10, 20))
     with pytest.raises(SkipSample, match="header"):
         decode_rgb(data, ImageInfo(ImageSize(20, 20), 1))
+
+
+def lossless_jpeg(height: int, width: int) -> bytes:
+    """Write a grey image of level 128 as JPEG's lossless process does: each difference is 0."""
+    frame = struct.pack(">HBHHBBBB", 11, 8, height, width, 1, 1, 0x11, 0)
+    table = struct.pack(">HB16BB", 20, 0, 1, *[0] * 15, 0)  # one code, "0", for no difference
+    scan = struct.pack(">HBBBBBB", 8, 1, 1, 0, 1, 0, 0)
+    data = bytes(-(-height * width // 8))
+    return (
+        b"\xff\xd8\xff\xc3" + frame + b"\xff\xc4" + table + b"\xff\xda" + scan + data + b"\xff\xd9"
+    )
+
+
+def test_a_lossless_jpeg_is_decoded_in_full_because_it_cannot_be_reduced() -> None:
+    data = lossless_jpeg(64, 48)
+    info = read_size(data)
+    assert info.size == (64, 48)
+    rgb = decode_rgb(data, info, grid_pixels=(8, 8), mode="reduced")
+    assert rgb.shape == (64, 48, 3)
+    assert rgb.unique().tolist() == [128]
 
 
 def test_image_crc_is_that_of_bytes_or_pixels() -> None:
