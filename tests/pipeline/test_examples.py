@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from examples import collate, plan_and_show
+from examples import collate, dataset, huggingface_rows, plan_and_show
 from navit import NaViT, NaViTConfig
 from packer import PackerConfig, PackingCollator, write_shards
 
@@ -71,6 +71,69 @@ def test_a_collators_batches_give_each_image_the_vector_it_gets_alone() -> None:
         packed = torch.cat([model(batch).pooled for batch in loader])
         alone = torch.cat([model(collator([pair])).pooled for pair in pairs])
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+
+
+def test_a_planned_epoch_holds_every_image_once_on_ranks_of_equal_length() -> None:
+    sizes = [(64 + 8 * i, 160 - 4 * i) for i in range(30)]
+    images = [Image.new("RGB", (width, height)) for height, width in sizes]
+    epochs = dataset.run([(image, f"caption {i}") for i, image in enumerate(images)], sizes)
+    assert len(epochs) == 2
+    for ranks in epochs:
+        assert [len(batches) for batches in ranks] == [len(ranks[0])] * dataset.RANKS
+        texts = [text for batches in ranks for batch in batches for text in batch.texts or ()]
+        assert sorted(texts) == sorted(f"caption {i}" for i in range(30))
+    first, second = ([batch.keys for batch in ranks[0]] for ranks in epochs)
+    assert first != second
+
+
+def test_the_dataset_example_runs_as_a_script() -> None:
+    done = subprocess.run(
+        [sys.executable, dataset.__file__], capture_output=True, text=True, check=False, timeout=90
+    )
+    assert re.fullmatch(
+        r"(epoch \d: 500 images in \d+ steps of 2 ranks, padding .*%, imbalance .*%\n){2}",
+        done.stdout,
+    ), done.stderr
+
+
+def test_undecoded_rows_keep_their_order_and_lose_only_the_broken_ones() -> None:
+    rows = huggingface_rows.undecoded_rows(19)
+    rows[9]["image"]["bytes"] = rows[9]["image"]["bytes"][:300]
+    rows[12]["image"] = {"bytes": None, "path": "no/such/file.jpg"}
+    batches = huggingface_rows.batches(rows)
+    texts = [text for batch in batches for text in batch.texts or ()]
+    assert texts == [f"picture {i}" for i in range(19) if i not in (9, 12)]
+    assert [batch.stats.skipped for batch in batches] == [
+        {},
+        {"missing_image": 1, "decode_error": 1},
+        {},
+    ]
+
+
+def test_decoded_rows_pack_into_the_same_patches_as_undecoded_ones() -> None:
+    rows = huggingface_rows.undecoded_rows(6)
+    decoded = [
+        {"image": Image.open(BytesIO(row["image"]["bytes"])), "text": row["text"]} for row in rows
+    ]
+    (undecoded,) = huggingface_rows.batches(rows)
+    (batch,) = huggingface_rows.batches(decoded)
+    assert batch.texts == undecoded.texts
+    assert torch.equal(batch.patches, undecoded.patches)
+
+
+def test_the_rows_example_runs_as_a_script() -> None:
+    done = subprocess.run(
+        [sys.executable, huggingface_rows.__file__],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    assert re.findall(r"picture \d+ to picture (\d+): \d+ sequences", done.stdout) == [
+        "7",
+        "15",
+        "23",
+    ], done.stderr
 
 
 def test_a_plan_places_every_image_once_and_shows_it(capsys: pytest.CaptureFixture[str]) -> None:

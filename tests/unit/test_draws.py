@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packer.plan.draws import keyed_draws, truncated_normal, uniform
+from packer.plan.draws import keyed_draws, keyed_draws_many, truncated_normal, uniform
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.text(max_size=20))
@@ -14,6 +14,12 @@ def test_the_same_seed_epoch_and_key_give_the_same_draws(seed: int, epoch: int, 
     assert draws == keyed_draws(seed, epoch, key)
     assert len(set(draws)) == len(draws)
     assert all(0 <= draw < 2**64 for draw in draws)
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.lists(st.text(max_size=20), max_size=5))
+def test_many_keys_are_drawn_for_as_one_by_one(seed: int, epoch: int, keys: list[str]) -> None:
+    draws = keyed_draws_many(seed, epoch, keys)
+    assert draws.tolist() == [list(keyed_draws(seed, epoch, key)) for key in keys]
 
 
 def test_seed_epoch_and_key_all_change_every_draw() -> None:

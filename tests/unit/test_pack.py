@@ -244,7 +244,7 @@ def test_wrong_settings_are_refused_before_any_sample_is_read() -> None:
 
 
 def test_mistakes_of_the_caller_are_not_skipped() -> None:
-    for sample in ({"jpg": b""}, {"image": 3}, {"image": noise(4, 4).astype(np.float32)}):
+    for sample in ({"img": b""}, {"image": 3}, {"image": noise(4, 4).astype(np.float32)}):
         with pytest.raises(ValueError, match="must"):
             run([sample])
 
