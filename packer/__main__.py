@@ -9,13 +9,21 @@ from typing import Protocol
 import tyro
 
 from packer.demo import ensure_demo, make_demo
+from packer.errors import TooManyFailures
+from packer.tools.check import Check
+from packer.tools.show import Show
+from packer.tools.simulate import Simulate
+from packer.tools.stats import Stats
 
 
 class Command(Protocol):
     """A subcommand: a frozen dataclass whose fields are its options."""
 
-    def run(self) -> None:
-        """Do the work and print the result; a ValueError is shown as a usage error."""
+    def run(self) -> int:
+        """Do the work, print the result and return the exit status.
+
+        A ValueError is shown as a usage error.
+        """
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class MakeDemo:
     overwrite: bool = False
     """Write even where the same set is already complete."""
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Write the set and print the paths of its shards."""
         write = make_demo if self.overwrite else ensure_demo
         counts = {"train": self.num_train, "val": self.num_val}
@@ -49,9 +57,16 @@ class MakeDemo:
         for split, shards in (("train", paths.train), ("val", paths.val)):
             where = f"{self.folder}/demo-{split}-*.tar"
             print(f"{split}: {counts[split]:,} pairs in {len(shards)} shard(s), {where}")
+        return 0
 
 
-COMMANDS: dict[str, type[Command]] = {"make-demo": MakeDemo}
+COMMANDS: dict[str, type[Command]] = {
+    "make-demo": MakeDemo,
+    "simulate": Simulate,
+    "show": Show,
+    "stats": Stats,
+    "check": Check,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -61,7 +76,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Command line without the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0, or 2 after a setting that cannot be.
+        Exit status: 0, 1 where `check` found samples that would be skipped or a run broke off, or 2
+        after a setting that cannot be.
     """
     try:
         command = tyro.extras.subcommand_cli_from_dict(
@@ -69,12 +85,16 @@ def main(args: Sequence[str] | None = None) -> int:
             prog="python -m packer",
             description="Pack images into sequences.",
             args=args,
+            # Options may stand before or after a choice such as token-drop:beta-drop.
+            config=(tyro.conf.CascadeSubcommandArgs,),
         )
-        command.run()
+        return command.run()
     except ValueError as error:
         print(f"python -m packer: {error}", file=sys.stderr)
         return 2
-    return 0
+    except TooManyFailures as error:
+        print(f"python -m packer: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

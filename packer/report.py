@@ -1,5 +1,6 @@
 """Pictures of packing: what one batch holds, for the eye and for the terminal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, groupby
 from math import ceil, log
@@ -14,12 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from packer.batch import PackedBatch
+from packer.plan.drop import kept_indices
+from packer.plan.types import SequencePlan
 
 _DROPPED, _DROPPED_LINE, _PADDING = (36, 40, 50), (78, 86, 104), "#b9bec6"
 _COLOURS = [colormaps["tab10"](i) for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # without its grey
 _WIDTH, _TITLE, _LEGEND = 14.0, 0.85, 0.45  # inches
 _FONT = 7.0  # points
 _ASPECT = 1.5  # width / height the layout aims at
+_PLANNED_SIDE = 8  # pixels of a patch that has no picture
+_BATCH_LEGEND = "above each image its kept / all tokens; the bar is a sequence's token places"
+_PLAN_LEGEND = "above each grid its kept / all tokens; the bar is a sequence's token places"
 _LEAST_PATCHES = 44  # across the picture; fewer would be drawn needlessly large
 
 
@@ -67,12 +73,41 @@ def draw_batch(batch: PackedBatch, path: Path | str, *, max_sequences: int = 8) 
             "the batch to draw must have token places; got "
             f"{tuple(batch.segment_ids.shape)} (B, L). Draw a batch with at least one sequence."
         )
-    shown = _rows(batch, max_sequences)
-    figure = _Sheet(batch, shown).draw()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")
-    return path
+    sheet = _Sheet(_rows(batch, max_sequences), batch.seq_len, len(batch.segment_ids))
+    return _save(sheet.draw(_summary(batch), _BATCH_LEGEND), path)
+
+
+def draw_plan(
+    sequences: Sequence[SequencePlan], seq_len: int, path: Path | str, *, max_sequences: int = 8
+) -> Path:
+    """Draw planned sequences as `draw_batch` draws a batch, flat colours for the missing pixels.
+
+    Args:
+        sequences: The images of each sequence, in its order.
+        seq_len: L, token places of a sequence.
+        path: Written as PNG (or what its suffix says); its folder is created.
+        max_sequences: Sequences drawn, from the first on; the title counts all of them.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: If there is no sequence, or ``max_sequences`` is not positive.
+    """
+    if max_sequences < 1 or not sequences:
+        raise ValueError(
+            f"a picture needs at least one sequence; got {len(sequences)}, max_sequences="
+            f"{max_sequences}."
+        )
+    rows = [
+        _planned_row(index, sequence, seq_len)
+        for index, sequence in enumerate(sequences[:max_sequences])
+    ]
+    images = [image for sequence in sequences for image in sequence]
+    title = _summary_text(
+        len(images), len(sequences), seq_len, sum(image.num_kept for image in images)
+    )
+    return _save(_Sheet(rows, seq_len, len(sequences)).draw(title, _PLAN_LEGEND), path)
 
 
 def batch_text(batch: PackedBatch, *, width: int = 64) -> str:
@@ -104,15 +139,16 @@ def batch_text(batch: PackedBatch, *, width: int = 64) -> str:
 class _Sheet:
     """A figure in units of patches; sequences run down its columns."""
 
-    def __init__(self, batch: PackedBatch, rows: list[_Row]) -> None:
-        self.batch, self.rows, self.layout = batch, rows, _layout(rows)
+    def __init__(self, rows: list[_Row], seq_len: int, num_sequences: int) -> None:
+        self.rows, self.layout = rows, _layout(rows)
+        self.seq_len, self.num_sequences = seq_len, num_sequences
         self.width, self.points, self.label = (
             self.layout.width,
             self.layout.points,
             self.layout.label,
         )
 
-    def draw(self) -> Figure:
+    def draw(self, title: str, legend: str) -> Figure:
         parts = self.layout.parts(self.rows)
         height = max(sum(self.layout.height(row) for row in part) for part in parts)
         inches = height * self.points / 72
@@ -127,11 +163,11 @@ class _Sheet:
                 self._draw_row(axes, row, i * (self.width + self.layout.gap), top)
                 top += self.layout.height(row)
         axes.set(xlim=(0, self.layout.total), ylim=(height, 0))
-        self._draw_text(figure)
+        self._draw_text(figure, title, legend)
         return figure
 
     def _draw_row(self, axes: Axes, row: _Row, left: float, top: float) -> None:
-        tokens, places = sum(n for slot, n in row.segments if slot), self.batch.seq_len
+        tokens, places = sum(n for slot, n in row.segments if slot), self.seq_len
         padding = f"{places - tokens} padding" if places > tokens else "no padding"
         count = f"{len(row.tiles)} image" + ("s" if len(row.tiles) != 1 else "")
         room = self.width * self.points / (0.54 * (_FONT + 1))  # characters
@@ -163,7 +199,7 @@ class _Sheet:
                 break
 
     def _draw_bar(self, axes: Axes, row: _Row, left: float, top: float) -> None:
-        cell, height, start = self.width / self.batch.seq_len, 1.3 * self.label, 0
+        cell, height, start = self.width / self.seq_len, 1.3 * self.label, 0
         for slot, length in row.segments:
             x, extent = left + start * cell, length * cell
             look: dict[str, Any] = {"facecolor": _PADDING, "hatch": "////", "edgecolor": "white"}
@@ -177,22 +213,18 @@ class _Sheet:
                 self._text(axes, *centre, str(length), color=colour, ha="center", bbox=box)
             start += length
         if cell * self.points >= 4:  # single places are told apart only where they are visible
-            at = left + cell * np.arange(1, self.batch.seq_len)
+            at = left + cell * np.arange(1, self.seq_len)
             axes.vlines(at, top, top + height, colors="white", linewidths=0.3)
 
     def _text(self, axes: Axes, x: float, y: float, text: str, **look: Any) -> None:
         axes.text(x, y, text, **{"size": _FONT, "va": "center", **look})
 
-    def _draw_text(self, figure: Figure) -> None:
+    def _draw_text(self, figure: Figure, title: str, legend: str) -> None:
         height = figure.get_figheight()
-        figure.text(
-            0.02, 1 - 0.3 / height, _summary(self.batch), size=14, weight="bold", va="center"
-        )
-        shown, total = len(self.rows), self.batch.segment_ids.shape[0]
+        figure.text(0.02, 1 - 0.3 / height, title, size=14, weight="bold", va="center")
+        shown, total = len(self.rows), self.num_sequences
         part = f"the first {shown} of {total} sequences" if shown < total else "all sequences"
-        text = (
-            f"{part}; above each image its kept / all tokens; the bar is a sequence's token places"
-        )
+        text = f"{part}; {legend}"
         figure.text(0.02, 1 - 0.6 / height, text, size=9, color="0.35", va="center")
         axes = figure.add_axes((0.02, 0.0, 0.96, _LEGEND / height))
         axes.set(xlim=(0, _WIDTH), ylim=(0, _LEGEND))
@@ -227,6 +259,24 @@ def _rows(batch: PackedBatch, count: int) -> list[_Row]:
                 tiles.append(_tile(patches[b][mine], positions[b][mine], grids[b][slot - 1], side))
         rows.append(_Row(b, tiles, segments))
     return rows
+
+
+def _planned_row(index: int, sequence: SequencePlan, seq_len: int) -> _Row:
+    tiles = []
+    for slot, image in enumerate(sequence):
+        rows, cols = image.grid
+        kept = kept_indices(image.grid.num_tokens, image.num_kept, image.kept_draw)
+        positions = np.stack(np.divmod(kept, cols), axis=1).astype(np.int32)
+        # Two shades of the image's colour, so that single patches are seen.
+        light = 0.55 + 0.12 * (positions.sum(axis=1) % 2)
+        colour = np.array(_COLOURS[slot % len(_COLOURS)][:3])
+        shades = 255 * (1 - light[:, None] * (1 - colour))
+        patches = np.tile(shades.astype(np.uint8), (1, _PLANNED_SIDE**2))
+        tiles.append(_tile(patches, positions, [rows, cols], _PLANNED_SIDE))
+    lengths = [image.num_kept for image in sequence]
+    padding = seq_len - sum(lengths)
+    segments = [*enumerate(lengths, start=1), *([(0, padding)] if padding else [])]
+    return _Row(index, tiles, segments)
 
 
 def _tile(
@@ -333,8 +383,18 @@ class _Layout:
 
 def _summary(batch: PackedBatch) -> str:
     count, places = batch.segment_ids.shape
-    tokens = int((batch.segment_ids > 0).sum())
+    return _summary_text(batch.num_images, count, places, int((batch.segment_ids > 0).sum()))
+
+
+def _summary_text(num_images: int, count: int, places: int, tokens: int) -> str:
     padding = 100 * (1 - tokens / max(count * places, 1))
-    images = f"{batch.num_images} image" + ("s" if batch.num_images != 1 else "")
+    images = f"{num_images} image" + ("s" if num_images != 1 else "")
     sequences = f"{count} sequence" + ("s" if count != 1 else "")
     return f"{images} in {sequences} of {places} tokens, {padding:.2f} % padding"
+
+
+def _save(figure: Figure, path: Path | str) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path

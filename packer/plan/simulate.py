@@ -5,6 +5,7 @@ A million images take seconds and no pixel is touched.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -12,12 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from packer.config import PackerConfig
-from packer.plan.drop import BetaDrop, ConstantDrop, NoDrop
-from packer.plan.place import Placement, Placer, Strategy, pack_lengths
-from packer.plan.resize import Native, NoCrop, ResizePolicy
-from packer.plan.types import ImageSize
-
-Int64Array = npt.NDArray[np.int64]
+from packer.plan.balance import attention_costs
+from packer.plan.many import FloatArray, Int64Array, plan_lengths
+from packer.plan.place import Strategy, pack_lengths_timed
 
 
 def laion_sizes(n: int, seed: int = 0) -> npt.NDArray[np.int32]:
@@ -66,55 +64,7 @@ def laion_lengths(
         int32 (n,) kept tokens of each image, between 1 and `config.seq_len`.
     """
     rng = np.random.default_rng([seed, 1])  # not the stream of the sizes
-    sizes = _crop(laion_sizes(n, seed).astype(np.int64), config, rng)
-    budgets = _budgets(config, rng, n)
-    rows, cols = plan_resize_many(
-        sizes[:, 0],
-        sizes[:, 1],
-        patch_size=config.patch_size,
-        max_tokens=budgets,
-        policy=config.resize,
-    )
-    tokens = rows * cols
-    rates = rng.beta(*beta, n) if beta is not None else _drop_rates(config, rng, tokens)
-    kept: Int64Array = np.maximum(tokens - np.floor(rates * tokens).astype(np.int64), 1)
-    return kept.astype(np.int32)
-
-
-def plan_resize_many(
-    heights: Int64Array,
-    widths: Int64Array,
-    *,
-    patch_size: int,
-    max_tokens: int | Int64Array,
-    policy: ResizePolicy = "shrink_only",
-) -> tuple[Int64Array, Int64Array]:
-    """Choose patch grids as `packer.plan.resize.plan_resize` does, for many images at once.
-
-    Args:
-        heights: int64 (n,) pixels, at least 1.
-        widths: int64 (n,) pixels, at least 1.
-        patch_size: Side of a patch in pixels.
-        max_tokens: Token budget before dropping, one for all or int64 (n,).
-        policy: See `plan_resize`.
-
-    Returns:
-        int64 (n,) rows and int64 (n,) columns.
-
-    Raises:
-        ValueError: If a side, a budget or `patch_size` is not positive.
-    """
-    budget = np.broadcast_to(np.asarray(max_tokens, dtype=np.int64), heights.shape)
-    if patch_size < 1 or any((values < 1).any() for values in (heights, widths, budget)):
-        raise ValueError(
-            "heights, widths, patch_size and max_tokens must be positive; got minima "
-            f"{heights.min()}, {widths.min()}, {patch_size}, {budget.min()}."
-        )
-    rows, cols = np.maximum(heights // patch_size, 1), np.maximum(widths // patch_size, 1)
-    resized = np.ones(len(rows), bool) if policy == "allow_enlarge" else rows * cols > budget
-    fitted_rows = np.clip(_isqrt(budget * heights // widths), 1, budget)
-    fitted_cols = np.clip(_isqrt(budget * widths // heights), 1, budget)
-    return np.where(resized, fitted_rows, rows), np.where(resized, fitted_cols, cols)
+    return plan_lengths(laion_sizes(n, seed), config, rng, beta=beta)
 
 
 @dataclass(frozen=True)
@@ -132,6 +82,9 @@ class PlacementReport:
     images_per_sequence_max: int
     images_autocorrelation: float
     """Correlation of the image counts of neighbouring sequences."""
+    slots_unused: float
+    """Share of image slots without an image where every sequence has E of them: the limit, or
+    without one the largest count."""
     delay: float
     """Mean number of images pushed between an image's arrival and its sequence's completion."""
     delay_max: int
@@ -139,6 +92,120 @@ class PlacementReport:
     """Correlation of an image's delay with its length."""
     lengths_per_second: float
     """Images placed per second by `pack_lengths` on one core."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A placement of n images in S sequences, as flat arrays."""
+
+    lengths: Int64Array
+    """int64 (n,) tokens of each image, in order of arrival."""
+    seq_len: int
+    """L."""
+    max_images: int | None
+    """E, or None."""
+    order: Int64Array
+    """int64 (n,) indices of the images, sequence after sequence."""
+    counts: Int64Array
+    """int64 (S,) images of each sequence."""
+    completed: Int64Array
+    """int64 (S,) index of the image whose arrival completed the sequence."""
+    seconds: float
+    """Time the placement took."""
+
+    @property
+    def delays(self) -> Int64Array:
+        """int64 (n,) images pushed between each image's arrival and its sequence's completion."""
+        delays = np.empty(len(self.lengths), np.int64)
+        delays[self.order] = np.repeat(self.completed, self.counts) - self.order
+        return delays
+
+    def costs(self, width: int = 384) -> Int64Array:
+        """Return each sequence's cost (S,) at model width ``width``; see `attention_cost`."""
+        bounds = np.concatenate([[0], np.cumsum(self.counts)])
+        return attention_costs(self.lengths[self.order], bounds, width)
+
+    def overflow(self, max_images: int) -> int:
+        """Count the images beyond ``max_images`` a sequence, which the paper's rule drops.
+
+        Source: NaViT (arXiv:2307.06304), section 2.3: at most E_max pooled vectors a sequence.
+        """
+        return int(np.maximum(self.counts - max_images, 0).sum())
+
+    def imbalance(
+        self, *, num_ranks: int, sequences_per_batch: int, width: int = 384
+    ) -> FloatArray:
+        """Measure how uneven a step's cost is between ranks that each read a stream of their own.
+
+        The sequences are cut into ``num_ranks`` equal runs, each one rank's stream; a step takes
+        ``sequences_per_batch`` from every run.
+
+        Args:
+            num_ranks: Ranks.
+            sequences_per_batch: B, sequences a rank takes each step.
+            width: D, the model's width.
+
+        Returns:
+            float64 (steps,) largest / mean cost of a rank, less 1: how much longer the step takes
+            than with even ranks. No steps if there are too few sequences for one.
+        """
+        steps = len(self.counts) // (num_ranks * sequences_per_batch)
+        used = steps * sequences_per_batch * num_ranks
+        costs = self.costs(width)[:used].reshape(num_ranks, steps, sequences_per_batch).sum(axis=2)
+        return np.asarray(costs.max(axis=0) / costs.mean(axis=0) - 1)
+
+    def report(self) -> PlacementReport:
+        """Summarise the placement."""
+        n, sequences = len(self.lengths), len(self.counts)
+        tokens, most = int(self.lengths.sum()), int(self.counts.max())
+        delays = self.delays
+        least = max(-(-tokens // self.seq_len), -(-n // (self.max_images or n)))
+        return PlacementReport(
+            num_images=n,
+            num_sequences=sequences,
+            padding=1 - tokens / (self.seq_len * sequences),
+            bound=1 - tokens / (self.seq_len * least),
+            images_per_sequence=n / sequences,
+            images_per_sequence_max=most,
+            images_autocorrelation=_correlation(self.counts[:-1], self.counts[1:]),
+            slots_unused=1 - n / (sequences * (self.max_images or most)),
+            delay=float(delays.mean()),
+            delay_max=int(delays.max()),
+            delay_length_correlation=_correlation(delays, self.lengths),
+            lengths_per_second=n / self.seconds,
+        )
+
+
+def place_lengths(
+    lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
+    seq_len: int,
+    *,
+    strategy: Strategy = "exact",
+    max_images: int | None = None,
+    **options: int,
+) -> Placed:
+    """Place images of known lengths and keep the result as arrays; arguments as `pack_lengths`.
+
+    Raises:
+        ValueError: If there are no lengths, or one of them or a setting is wrong.
+    """
+    array = np.asarray(lengths)
+    if not array.size:
+        raise ValueError("a placement needs at least one length to be measured; got none.")
+    start = perf_counter()
+    sequences, completed = pack_lengths_timed(
+        array, seq_len, strategy=strategy, max_images=max_images, **options
+    )
+    seconds = perf_counter() - start
+    return Placed(
+        lengths=array.astype(np.int64, copy=False),
+        seq_len=seq_len,
+        max_images=max_images,
+        order=np.fromiter(chain.from_iterable(sequences), np.int64, array.size),
+        counts=np.fromiter(map(len, sequences), np.int64, len(sequences)),
+        completed=np.array(completed, dtype=np.int64),
+        seconds=seconds,
+    )
 
 
 def placement_report(
@@ -154,87 +221,8 @@ def placement_report(
     Raises:
         ValueError: If there are no lengths, or one of them or a setting is wrong.
     """
-    sizes = np.asarray(lengths)
-    if not sizes.size:
-        raise ValueError("placement_report needs at least one length; got none.")
-    start = perf_counter()
-    pack_lengths(sizes, seq_len, strategy=strategy, max_images=max_images, **options)
-    seconds = perf_counter() - start
-
-    placer = Placer[int](seq_len, placement=Placement(strategy, **options), max_images=max_images)
-    counts: list[int] = []
-    delays = np.zeros(len(sizes))
-    for now, length in enumerate(sizes.tolist()):
-        for sequence in placer.push(length, now):
-            counts.append(len(sequence))
-            for index in sequence:
-                delays[index] = now - index
-    for sequence in placer.flush():
-        counts.append(len(sequence))
-        for index in sequence:
-            delays[index] = len(sizes) - 1 - index
-
-    tokens = int(sizes.sum())
-    least = max(-(-tokens // seq_len), -(-len(sizes) // (max_images or len(sizes))))
-    return PlacementReport(
-        num_images=len(sizes),
-        num_sequences=len(counts),
-        padding=1 - tokens / (seq_len * len(counts)),
-        bound=1 - tokens / (seq_len * least),
-        images_per_sequence=len(sizes) / len(counts),
-        images_per_sequence_max=max(counts),
-        images_autocorrelation=_correlation(np.array(counts[:-1]), np.array(counts[1:])),
-        delay=float(delays.mean()),
-        delay_max=int(delays.max()),
-        delay_length_correlation=_correlation(delays, sizes),
-        lengths_per_second=len(sizes) / seconds,
-    )
-
-
-def _crop(sizes: Int64Array, config: PackerConfig, rng: np.random.Generator) -> Int64Array:
-    if isinstance(config.crop, NoCrop):
-        return sizes
-    boxes = [
-        config.crop.box(ImageSize(height, width), draw)
-        for (height, width), draw in zip(sizes.tolist(), _draws(rng, len(sizes)), strict=True)
-    ]
-    return np.array([(box.height, box.width) for box in boxes], dtype=np.int64).reshape(-1, 2)
-
-
-def _budgets(config: PackerConfig, rng: np.random.Generator, n: int) -> Int64Array:
-    """Draw token budgets as `packer.plan.resize.budget_from_side` gives them."""
-    if isinstance(config.resolution, Native):
-        return np.full(n, config.image_budget, dtype=np.int64)
-    sides = np.array([config.resolution.side(draw) for draw in _draws(rng, n)])
-    areas: Int64Array = (sides * sides / config.patch_size**2).astype(np.int64)
-    return np.clip(areas, 1, config.image_budget)
-
-
-def _drop_rates(
-    config: PackerConfig, rng: np.random.Generator, tokens: Int64Array
-) -> npt.NDArray[np.float64]:
-    drop = config.token_drop
-    if isinstance(drop, NoDrop | ConstantDrop):
-        return np.full(len(tokens), drop.rate(1, 0))
-    if isinstance(drop, BetaDrop):
-        # Its keyed draws seed one generator an image, which takes 10 s a million.
-        u_mean = drop.mean / drop.maximum
-        return rng.beta(7 / 3 * u_mean, 7 / 3 * (1 - u_mean), len(tokens)) * drop.maximum
-    draws = _draws(rng, len(tokens))
-    return np.array([drop.rate(n, draw) for n, draw in zip(tokens.tolist(), draws, strict=True)])
-
-
-def _draws(rng: np.random.Generator, n: int) -> list[int]:
-    draws: list[int] = rng.integers(0, 2**64, n, dtype=np.uint64).tolist()
-    return draws
-
-
-def _isqrt(values: Int64Array) -> Int64Array:
-    """Integer square root; exact, as floats round only in the last place below 2**52."""
-    roots: Int64Array = np.sqrt(values).astype(np.int64)
-    roots -= roots * roots > values
-    roots += (roots + 1) * (roots + 1) <= values
-    return roots
+    placed = place_lengths(lengths, seq_len, strategy=strategy, max_images=max_images, **options)
+    return placed.report()
 
 
 def _correlation(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
