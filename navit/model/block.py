@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 from navit.model.attention import AttentionPlan, block_diagonal_attention
 from navit.model.config import TransformerConfig
 
-NORM_EPS = 1e-6
 INIT_STD = 0.02
 """Standard deviation of a block's matrices at the start, those that write to the residual stream
 divided by sqrt(2 depth), as in GPT-2. ViT's own Xavier start has four times this at width 160; with
@@ -30,8 +29,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=config.biases)
         self.proj = nn.Linear(width, width, bias=config.biases)
         norm = nn.LayerNorm if config.qk_norm else nn.Identity
-        self.q_norm = norm(self.head_dim, eps=NORM_EPS, bias=config.biases)
-        self.k_norm = norm(self.head_dim, eps=NORM_EPS, bias=config.biases)
+        self.q_norm = norm(self.head_dim, eps=config.norm_eps, bias=config.biases)
+        self.k_norm = norm(self.head_dim, eps=config.norm_eps, bias=config.biases)
         nn.init.normal_(self.qkv.weight, std=INIT_STD)
         nn.init.normal_(self.proj.weight, std=INIT_STD * (2 * config.depth) ** -0.5)
 
@@ -44,6 +43,14 @@ class Attention(nn.Module):
         return out
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
+
+    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+        """Apply it to every number."""
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them."""
 
@@ -51,7 +58,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp_dim, bias=config.biases)
         self.fc2 = nn.Linear(config.mlp_dim, config.width, bias=config.biases)
-        self.act = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
+        self.act: nn.Module = QuickGELU()
+        if config.activation != "quick_gelu":
+            self.act = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
         nn.init.normal_(self.fc1.weight, std=INIT_STD)
         nn.init.normal_(self.fc2.weight, std=INIT_STD * (2 * config.depth) ** -0.5)
 
@@ -98,9 +107,9 @@ class Block(nn.Module):
         super().__init__()
         drop_rate = config.drop_path * index / max(config.depth - 1, 1)
         self.branch1, self.branch2 = Branch(config, drop_rate), Branch(config, drop_rate)
-        self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
+        self.norm1 = make_norm(config)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
+        self.norm2 = make_norm(config)
         self.mlp = Mlp(config)
 
     def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
@@ -108,6 +117,11 @@ class Block(nn.Module):
         x = x + self.branch1(self.attn(self.norm1(x), plan), plan)
         out: Tensor = x + self.branch2(self.mlp(self.norm2(x)), plan)
         return out
+
+
+def make_norm(config: TransformerConfig) -> nn.LayerNorm:
+    """Return a layer norm over a token's channels."""
+    return nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.biases)
 
 
 def make_blocks(config: TransformerConfig) -> nn.ModuleList:

@@ -41,10 +41,16 @@ class CLIP(PretrainedModel[CLIPConfig]):
         super().__init__(config)
         self.vision = NaViT(config.vision)
         self.text = TextTower(config.text)
-        self.image_proj = nn.Linear(config.vision.width, config.embed_dim, bias=False)
-        self.text_proj = nn.Linear(config.text.width, config.embed_dim, bias=False)
+        self.image_proj: nn.Module = nn.Identity()
+        if config.image_projection:
+            self.image_proj = nn.Linear(config.vision.width, config.embed_dim, bias=False)
+        has_bias = config.text_projection_bias
+        self.text_proj = nn.Linear(config.text.width, config.embed_dim, bias=has_bias)
         for layer in (self.image_proj, self.text_proj):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        if has_bias:
+            nn.init.zeros_(self.text_proj.bias)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.init_logit_scale)))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
@@ -53,7 +59,8 @@ class CLIP(PretrainedModel[CLIPConfig]):
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         """The multiplier of the similarities, at most `max_logit_scale`."""
-        return self.log_logit_scale.exp().clamp(max=self.config.max_logit_scale)
+        scale, bound = self.log_logit_scale.exp(), self.config.max_logit_scale
+        return scale if bound is None else scale.clamp(max=bound)
 
     @torch.no_grad()
     def limit_logit_scale_(self) -> None:
@@ -61,7 +68,8 @@ class CLIP(PretrainedModel[CLIPConfig]):
 
         Clamped in the forward pass alone it would get no gradient there and never come back.
         """
-        self.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
+        if self.config.max_logit_scale is not None:
+            self.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
 
     def encode_image(self, batch: PackedBatch, *, normalize: bool = False) -> Float[Tensor, "N E"]:
         """Embed the images of a batch, in the order of its keys.

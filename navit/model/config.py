@@ -1,5 +1,6 @@
 """Configurations of the towers, validated when they are made, and the table of named sizes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
@@ -9,8 +10,9 @@ PositionEmbedding = Literal["fourier", "learned", "sinusoidal", "grid"]
 PositionCoordinates = Literal["fractional", "absolute"]
 PositionCombination = Literal["sum", "product", "stack"]
 GridInterpolation = Literal["antialias", "corners", "bicubic", "bicubic_antialias"]
-Pooling = Literal["map", "mean", "cls"]
-Activation = Literal["gelu", "gelu_tanh"]
+Pooling = Literal["map", "mean", "cls", "last"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+PerChannel = tuple[float, float, float]
 
 T = TypeVar("T", bound="ModelConfig")
 N = TypeVar("N", bound="TransformerConfig")
@@ -57,17 +59,21 @@ class TransformerConfig(ModelConfig):
     mlp_dim: int = 1536
     """Hidden size of a block's MLP."""
     pool: Pooling = "map"
-    """How a segment's tokens become one vector: attention pooling ("map"), their mean, or a class
-    token added to each segment ("cls", image tower only)."""
+    """How a segment's tokens become one vector: attention pooling ("map"), their mean, a class
+    token added to each segment ("cls", image tower only), or the caption's last token ("last", text
+    tower only)."""
     pool_mlp: bool = True
     """Whether attention pooling ends with its residual MLP."""
     qk_norm: bool = True
     """Whether queries and keys are layer-normalised per head (NaViT section 3, ViT-22B)."""
     biases: bool = False
     """Whether linear and norm layers have a bias; NaViT has none."""
+    norm_eps: float = 1e-6
+    """Added to the variance in every layer norm; 1e-5 in CLIP."""
     activation: Activation = "gelu"
     """Nonlinearity of the MLPs. The tanh form (SigLIP, big_vision) differs from the exact one by
-    at most 0.0005, and takes 5 times its time on a CPU in bfloat16, as much as an MLP product."""
+    at most 0.0005, and takes 5 times its time on a CPU in bfloat16, as much as an MLP product.
+    "quick_gelu" is CLIP's x sigmoid(1.702 x)."""
     layer_scale: float | None = None
     """Start of a learned factor per channel on what a block adds (CaiT, arXiv:2103.17239); None:
     no factor."""
@@ -81,6 +87,8 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         _check_positive(self, "width", "depth", "num_heads", "mlp_dim")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be between 0 and 1; got {self.norm_eps}.")
         if self.layer_scale is not None and not self.layer_scale > 0:
             raise ValueError(f"layer_scale must be positive, or None; got {self.layer_scale}.")
         if not 0 <= self.drop_path < 1:
@@ -128,6 +136,13 @@ class NaViTConfig(TransformerConfig):
 
     patch_size: int = 16
     """P: side of a square patch in pixels."""
+    pixel_mean: PerChannel = (0.5, 0.5, 0.5)
+    """Subtracted from red, green and blue pixels in [0, 1]; the default and that of `pixel_std`
+    scale to [-1, 1]."""
+    pixel_std: PerChannel = (0.5, 0.5, 0.5)
+    """What the differences are divided by."""
+    patch_bias: bool | None = None
+    """Whether the patch embedding has a bias (CLIP has none there); None: as `biases` says."""
     pos_embed: PositionEmbedding = "fourier"
     """phi: learned Fourier features, a learned table read with linear interpolation, fixed
     sinusoids; or "grid", a learned table over rows and columns together."""
@@ -144,12 +159,24 @@ class NaViTConfig(TransformerConfig):
     "bicubic_antialias" (timm)."""
     num_registers: int = 0
     """Learned tokens added to each image's own, dropped from the output (arXiv:2309.16588)."""
+    pre_norm: bool = False
+    """Whether a layer norm stands between the embedded tokens and the first block (CLIP)."""
+    norm_after_pool: bool = False
+    """Whether the last norm is applied to the pooled vector and not to each token, so that tokens
+    leave the model without it (timm's ``fc_norm``, CLIP in Hugging Face)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "patch_size", "pos_table_size")
         if self.num_registers < 0:
             raise ValueError(f"num_registers must not be negative; got {self.num_registers}.")
+        if self.pool == "last":
+            raise ValueError("The image tower pools by 'map', 'mean' or 'cls'; got 'last'.")
+        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or not min(self.pixel_std) > 0:
+            raise ValueError(
+                "pixel_mean and pixel_std must hold three numbers, for pixels in [0, 1], and "
+                f"pixel_std positive ones; got {self.pixel_mean} and {self.pixel_std}."
+            )
         _check_choice("pos_embed", self.pos_embed, get_args(PositionEmbedding))
         _check_choice("pos_coordinates", self.pos_coordinates, get_args(PositionCoordinates))
         _check_choice("pos_combine", self.pos_combine, get_args(PositionCombination))
@@ -188,12 +215,29 @@ class TextConfig(TransformerConfig):
     """Number of token ids."""
     max_tokens: int = 24
     """Longest caption in tokens, the end token included (NaViT section 3, 24 text tokens)."""
+    causal: bool = False
+    """Whether a token sees only those before it, as in CLIP; SigLIP and we let all see all."""
+    pad_id: int | None = None
+    """Token that fills every caption up to `max_tokens` and is attended like any other, as SigLIP
+    was trained; None: captions keep their length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "vocab_size", "max_tokens")
         if self.pool == "cls":
-            raise ValueError("The text tower pools by 'map' or 'mean'; got 'cls'.")
+            raise ValueError("The text tower pools by 'map', 'mean' or 'last'; got 'cls'.")
+        if self.pad_id is None:
+            return
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(
+                f"pad_id must be a token id below vocab_size ({self.vocab_size}), or None; got "
+                f"{self.pad_id}."
+            )
+        if self.causal:
+            raise ValueError(
+                "pad_id must be None with causal=True, where a caption's end token comes last and "
+                f"no padding before it is needed; got {self.pad_id}."
+            )
 
 
 @dataclass(frozen=True)
@@ -206,19 +250,31 @@ class CLIPConfig(ModelConfig):
     """The text tower."""
     embed_dim: int = 512
     """E: size of the common space."""
+    image_projection: bool = True
+    """Whether image vectors are projected to the common space; SigLIP's are in it, its attention
+    pooling being their projection."""
+    text_projection_bias: bool = False
+    """Whether the projection of the text vectors has a bias, as SigLIP's."""
     init_logit_scale: float = 1 / 0.07
     """Multiplier of the similarities at the start; SigLIP starts at 10."""
-    max_logit_scale: float = 100.0
-    """Upper bound of the multiplier, as in CLIP (arXiv:2103.00020, section 2.5)."""
+    max_logit_scale: float | None = 100.0
+    """Upper bound of the multiplier, as in CLIP (arXiv:2103.00020, section 2.5); None: no bound, as
+    in SigLIP, whose weights are above 100."""
     init_logit_bias: float | None = None
     """Bias of the similarities at the start, for the sigmoid loss (SigLIP: -10); None: no bias."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "embed_dim")
-        if not 0 < self.init_logit_scale <= self.max_logit_scale:
+        bound = math.inf if self.max_logit_scale is None else self.max_logit_scale
+        if not 0 < self.init_logit_scale <= bound:
             raise ValueError(
-                "init_logit_scale must be above 0 and at most max_logit_scale "
-                f"({self.max_logit_scale}); got {self.init_logit_scale}."
+                f"init_logit_scale must be above 0 and at most max_logit_scale ({bound}); got "
+                f"{self.init_logit_scale}."
+            )
+        if not self.image_projection and self.embed_dim != self.vision.width:
+            raise ValueError(
+                "Without image_projection the common space is that of the image vectors: embed_dim "
+                f"must be the image tower's width ({self.vision.width}); got {self.embed_dim}."
             )
 
     @classmethod
@@ -256,4 +312,5 @@ def _from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         raise ValueError(
             f"{cls.__name__} has no field {_listed(unknown)}; choose from {_listed(known)}."
         )
-    return cls(**values)
+    # JSON has no tuples.
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

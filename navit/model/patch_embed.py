@@ -1,23 +1,45 @@
 """Patches of uint8 pixels -> vectors of model width."""
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from navit.model.attention import compute_dtype
+from navit.model.config import PerChannel
+
+HALVES: PerChannel = (0.5, 0.5, 0.5)
 
 
 class PatchEmbed(nn.Module):
-    """Normalise pixels to [-1, 1] on the device and project each patch.
+    """Normalise pixels on the device, by default to [-1, 1], and project each patch.
 
-    Pixels cross to the device as uint8, a quarter of the bytes of float32. ``(x - 127.5) / 127.5``
-    is applied in two places: the difference to the pixels, where it is exact even in bfloat16
-    (8 significant bits hold every multiple of 0.5 up to 127.5), the quotient to the weights.
+    Pixels cross to the device as uint8, a quarter of the bytes of float32. With mean and deviation
+    of 0.5, ``(x - 127.5) / 127.5`` is applied in two places: the difference to the pixels, where it
+    is exact even in bfloat16 (8 significant bits hold every multiple of 0.5 up to 127.5), the
+    quotient to the weights. Other means and deviations per channel c are
+    ``(x - 127.5) / (255 std_c) + (0.5 - mean_c) / std_c``: again the quotient goes to the weights,
+    and the weights' sum over the second term to the bias.
+
+    Args:
+        patch_size: P, side of a patch in pixels.
+        width: D.
+        bias: Whether the projection has a bias.
+        mean: Mean of red, green and blue in [0, 1].
+        std: Their standard deviation.
     """
 
-    def __init__(self, patch_size: int, width: int, *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        patch_size: int,
+        width: int,
+        *,
+        bias: bool = False,
+        mean: PerChannel = HALVES,
+        std: PerChannel = HALVES,
+    ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.mean, self.std = patch_size, mean, std
         self.proj = nn.Linear(3 * patch_size**2, width, bias=bias)
         nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
 
@@ -26,7 +48,23 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight
         dtype = compute_dtype(patches.device, weight.dtype)
         centred = patches.to(dtype).sub_(127.5)
-        return F.linear(centred, weight * (1 / 127.5), self.proj.bias)
+        if (self.mean, self.std) == (HALVES, HALVES):
+            return F.linear(centred, weight * (1 / 127.5), self.proj.bias)
+        return F.linear(centred, *self._folded())
+
+    def _folded(self) -> tuple[Float[Tensor, "D P"], Float[Tensor, " D"]]:
+        """Return weight and bias for pixels minus 127.5."""
+        # Numbers of Python, not a tensor of them: nothing to move to the device or to cast.
+        weight = self.proj.weight
+        channels = weight.view(weight.shape[0], -1, 3).unbind(2)
+        scaled = [w * (1 / (255 * std)) for w, std in zip(channels, self.std, strict=True)]
+        shift = sum(
+            w.sum(1) * ((0.5 - mean) / std)
+            for w, mean, std in zip(channels, self.mean, self.std, strict=True)
+        )
+        assert isinstance(shift, Tensor)
+        bias = shift if self.proj.bias is None else shift + self.proj.bias
+        return torch.stack(scaled, dim=2).flatten(1), bias
 
     def check_patch_size(self, patch_size: int) -> None:
         """Refuse patches of another size, which would only fail as a matrix shape.

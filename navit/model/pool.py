@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from navit.model.attention import AttentionPlan
-from navit.model.block import NORM_EPS, Mlp
+from navit.model.block import Mlp, make_norm
 from navit.model.config import TransformerConfig
 
 
@@ -33,6 +33,17 @@ class MeanPool(nn.Module):
         return segment_mean(x, plan)
 
 
+class LastPool(nn.Module):
+    """A segment's last token: the end token of a causal caption, or the last padded place."""
+
+    def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
+        """Pool each segment."""
+        if not plan.lengths:
+            return x
+        parts = zip(plan.groups, x.split_with_sizes(plan.group_tokens), strict=True)
+        return torch.cat([part.view(group.count, group.length, -1)[:, -1] for group, part in parts])
+
+
 class AttentionPool(nn.Module):
     """Multi-head attention pooling (MAP): one learned query, the probe, asks each segment.
 
@@ -53,7 +64,7 @@ class AttentionPool(nn.Module):
         self.proj = nn.Linear(width, width, bias=config.biases)
         self.has_mlp = config.pool_mlp
         if self.has_mlp:
-            self.norm = nn.LayerNorm(width, eps=NORM_EPS, bias=config.biases)
+            self.norm = make_norm(config)
             self.mlp = Mlp(config)
         for layer in (self.q, self.k, self.v, self.proj):
             nn.init.xavier_uniform_(layer.weight)
@@ -104,4 +115,6 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def make_pool(config: TransformerConfig) -> nn.Module:
     """Return the pooling of a segment's own tokens; a class token needs none."""
-    return AttentionPool(config) if config.pool == "map" else MeanPool()
+    if config.pool == "map":
+        return AttentionPool(config)
+    return LastPool() if config.pool == "last" else MeanPool()

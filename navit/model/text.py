@@ -1,5 +1,7 @@
 """The text tower: packed captions in, one vector per caption out."""
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from navit.model.attention import (
     to_device,
 )
 from navit.model.backends import resolve_backend
-from navit.model.block import NORM_EPS, make_blocks, run_blocks
+from navit.model.block import make_blocks, make_norm, run_blocks
 from navit.model.config import TextConfig
 from navit.model.pool import make_pool
 from packer.batch import PackedText
@@ -20,8 +22,8 @@ from packer.batch import PackedText
 class TextTower(nn.Module):
     """Token and absolute position embeddings, the image tower's blocks, its pooling.
 
-    Attention is bidirectional within a caption, as in SigLIP: pooling reads all tokens, so none
-    has to be the last.
+    By default attention is bidirectional within a caption, as in SigLIP: pooling reads all tokens,
+    so none has to be the last. CLIP's is causal and read at the end token.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -30,7 +32,7 @@ class TextTower(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.pos_embed = nn.Embedding(config.max_tokens, config.width)
         self.blocks = make_blocks(config)
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
+        self.norm = make_norm(config)
         self.pool = make_pool(config)
         nn.init.normal_(self.token_embed.weight, std=config.width**-0.5)
         nn.init.normal_(self.pos_embed.weight, std=config.width**-0.5)
@@ -54,6 +56,8 @@ class TextTower(nn.Module):
                 f"{longest}. Set PackerConfig(max_text_tokens={self.config.max_tokens}), or raise "
                 "TextConfig.max_tokens."
             )
+        if self.config.pad_id is not None:
+            text = _pad(text, self.config.max_tokens, self.config.pad_id)
         device = text.ids.device
         backend = resolve_backend(
             self.config.attention,
@@ -62,12 +66,28 @@ class TextTower(nn.Module):
             head_dim=self.config.head_dim,
         )
         lengths, order, tokens = order_by_length(text.segment_lengths)
-        plan = AttentionPlan(lengths, device, backend)
+        plan = AttentionPlan(lengths, device, backend, causal=self.config.causal)
         x = self.token_embed(text.ids.index_select(0, to_device(tokens, device)))
         x = x + self.pos_embed(to_device(_positions(lengths), device))
         x = run_blocks(self.blocks, x, plan, self.config.checkpointing)
         pooled: Tensor = self.pool(self.norm(x), plan)
         return pooled.index_select(0, to_device(np.argsort(order), device))
+
+
+def _pad(text: PackedText, length: int, pad_id: int) -> PackedText:
+    """Fill every caption up to ``length`` tokens."""
+    count, device = len(text.segment_lengths), text.ids.device
+    if text.segment_lengths == (length,) * count:
+        return text
+    captions = np.repeat(np.arange(count), text.segment_lengths)
+    places = captions * length + _positions(text.segment_lengths)
+    ids = text.ids.new_full((count * length,), pad_id)
+    return replace(
+        text,
+        ids=ids.index_copy(0, to_device(places, device), text.ids),
+        cu_seqlens=to_device(np.arange(count + 1, dtype=np.int32) * length, device),
+        segment_lengths=(length,) * count,
+    )
 
 
 def _positions(lengths: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,7 @@ from navit.model.attention import (
     to_device,
 )
 from navit.model.backends import resolve_backend
-from navit.model.block import NORM_EPS, make_blocks, run_blocks
+from navit.model.block import make_blocks, make_norm, run_blocks
 from navit.model.config import ModelConfig, NaViTConfig
 from navit.model.patch_embed import PatchEmbed
 from navit.model.pool import make_pool
@@ -132,7 +132,7 @@ def gather_positions(
 
 
 class Encoded(NamedTuple):
-    """Tokens after the last norm, in the plan's order."""
+    """Tokens after the last norm (before it with `norm_after_pool`), in the plan's order."""
 
     prefix: Float[Tensor, "N R D"] | None
     """Class token and registers of each segment; None where there are none."""
@@ -163,7 +163,8 @@ class NaViTOutput:
     pooled: Float[Tensor, "N D"]
     """One vector per image, in the order of the batch's keys."""
     packed_tokens: Float[Tensor, "T D"]
-    """The tokens after the last norm, in the plan's order, without padding."""
+    """The tokens after the last norm, in the plan's order, without padding; with `norm_after_pool`
+    before it."""
     plan: TokenPlan
     """Where the packed tokens belong."""
     shape: tuple[int, int]
@@ -218,11 +219,18 @@ class NaViT(PretrainedModel[NaViTConfig]):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__(config)
-        self.patch_embed = PatchEmbed(config.patch_size, config.width, bias=config.biases)
+        self.patch_embed = PatchEmbed(
+            config.patch_size,
+            config.width,
+            bias=config.biases if config.patch_bias is None else config.patch_bias,
+            mean=config.pixel_mean,
+            std=config.pixel_std,
+        )
         self.pos_embed = make_pos_embed(config)
         self.prefix = PrefixTokens(config)
+        self.pre_norm = make_norm(config) if config.pre_norm else nn.Identity()
         self.blocks = make_blocks(config)
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS, bias=config.biases)
+        self.norm = make_norm(config)
         self.pool = None if config.pool == "cls" else make_pool(config)
 
     def forward(self, batch: PackedBatch) -> NaViTOutput:
@@ -248,17 +256,19 @@ class NaViT(PretrainedModel[NaViTConfig]):
 
     def encode(self, x: Float[Tensor, "T D"], plan: TokenPlan) -> "Encoded":
         """Run blocks and last norm on embedded tokens, with the class token and the registers."""
-        again = self.config.checkpointing
-        if not self.prefix.count:
-            return Encoded(None, self.norm(run_blocks(self.blocks, x, plan.attention, again)))
-        longer = self.prefix.plan(plan.attention)
-        x = run_blocks(self.blocks, self.prefix.add(x, plan.attention), longer, again)
-        return Encoded(*self.prefix.split(self.norm(x), plan.attention))
+        segments, has_prefix = plan.attention, self.prefix.count > 0
+        longer = self.prefix.plan(segments) if has_prefix else segments
+        x = self.pre_norm(self.prefix.add(x, segments) if has_prefix else x)
+        x = run_blocks(self.blocks, x, longer, self.config.checkpointing)
+        if not self.config.norm_after_pool:
+            x = self.norm(x)
+        return Encoded(*self.prefix.split(x, segments)) if has_prefix else Encoded(None, x)
 
     def pooled(self, x: "Encoded", plan: AttentionPlan) -> Float[Tensor, "N D"]:
         """Return one vector for each segment of the plan."""
         if self.pool is None:
             assert x.prefix is not None, "pool 'cls' adds a class token"
-            return x.prefix[:, 0]
-        vectors: Tensor = self.pool(x.tokens, plan)
-        return vectors
+            vectors: Tensor = x.prefix[:, 0]
+        else:
+            vectors = self.pool(x.tokens, plan)
+        return self.norm(vectors) if self.config.norm_after_pool else vectors

@@ -36,6 +36,23 @@ CONFIGS = [
         "drop_path": 0.4,
     },
     {"pos_embed": "grid", "pos_interpolation": "bicubic", "pos_table_size": 3},
+    {  # CLIP
+        "pool": "cls",
+        "pos_embed": "grid",
+        "pos_interpolation": "bicubic",
+        "pos_table_size": 3,
+        "qk_norm": False,
+        "biases": True,
+        "patch_bias": False,
+        "pre_norm": True,
+        "norm_after_pool": True,
+        "norm_eps": 1e-3,
+        "activation": "quick_gelu",
+        "pixel_mean": (0.48, 0.46, 0.41),
+        "pixel_std": (0.27, 0.26, 0.28),
+    },
+    {"pool": "mean", "norm_after_pool": True, "num_registers": 2, "patch_bias": True},
+    {"pool": "map", "norm_after_pool": True, "pixel_std": (0.1, 0.2, 0.3)},
 ]
 
 
@@ -145,6 +162,17 @@ def plain_vector(model: NaViT, image: RandomImage) -> Tensor:
             model.config.pos_table_size,
             model.config.pos_interpolation,
         ),
+        style=style_of(model.config),
+        pools_class_token=model.config.pool == "cls",
+    )
+
+
+def style_of(config: NaViTConfig) -> dense_vit.Style:
+    return dense_vit.Style(
+        norm_eps=config.norm_eps,
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+        norm_after_pool=config.norm_after_pool,
     )
 
 

@@ -15,6 +15,18 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Style:
+    """What differs between families beyond the weights they have."""
+
+    norm_eps: float = 1e-6
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    norm_after_pool: bool = False
+    causal: bool = False
+    pool_last: bool = False
+
+
+@dataclass(frozen=True)
 class Positions:
     """How a grid's places are embedded."""
 
@@ -47,13 +59,16 @@ def image_vector(
     num_heads: int,
     activation: str = "gelu",
     embedding: Positions = Positions(),
+    style: Style = Style(),
+    pools_class_token: bool = False,
 ) -> Tensor:
     """Encode the kept patches (n, P) of one image at positions (n, 2) of its grid."""
-    x = encode(state, embed(state, patches, positions, grid, embedding), num_heads, activation)
+    x = embed(state, patches, positions, grid, embedding, style)
+    x = encode(state, x, num_heads, activation, style)
     extra = len(state.get("prefix.tokens", ()))
-    has_pool = any(name.startswith("pool.") for name in state)
     # A class token stands first; registers are passed over.
-    return pool(state, x[extra:], num_heads, activation) if has_pool or not extra else x[0]
+    vector = x[0] if pools_class_token else pool(state, x[extra:], num_heads, activation, style)
+    return norm(state, "norm", vector, style.norm_eps) if style.norm_after_pool else vector
 
 
 def image_tokens(
@@ -65,29 +80,43 @@ def image_tokens(
     num_heads: int,
     activation: str = "gelu",
     embedding: Positions = Positions(),
+    style: Style = Style(),
 ) -> Tensor:
-    """Encode one image into its patches' tokens (n, D) after the last norm."""
-    x = encode(state, embed(state, patches, positions, grid, embedding), num_heads, activation)
+    """Encode one image into its patches' tokens (n, D) as they leave the model."""
+    x = embed(state, patches, positions, grid, embedding, style)
+    x = encode(state, x, num_heads, activation, style)
     return x[len(state.get("prefix.tokens", ())) :]
 
 
 def embed(
-    state: State, patches: Tensor, positions: Tensor, grid: tuple[int, int], embedding: Positions
+    state: State,
+    patches: Tensor,
+    positions: Tensor,
+    grid: tuple[int, int],
+    embedding: Positions,
+    style: Style,
 ) -> Tensor:
     """Project patches, add positions, and put the class token and registers in front."""
     dtype = state["norm.weight"].dtype
-    pixels = (patches.to(dtype) - 127.5) / 127.5
+    mean, std = (torch.tensor(x, dtype=dtype) for x in (style.pixel_mean, style.pixel_std))
+    pixels = ((patches.to(dtype).unflatten(1, (-1, 3)) / 255 - mean) / std).flatten(1)
     x = pixels @ state["patch_embed.proj.weight"].T + state.get("patch_embed.proj.bias", 0)
     x = x + torch.stack([embedding.embed(state, p, grid) for p in positions.tolist()])
     return torch.cat([state["prefix.tokens"], x]) if "prefix.tokens" in state else x
 
 
 def caption_vector(
-    state: State, ids: Tensor, *, num_heads: int, activation: str = "gelu"
+    state: State,
+    ids: Tensor,
+    *,
+    num_heads: int,
+    activation: str = "gelu",
+    style: Style = Style(),
 ) -> Tensor:
     """Encode the token ids (n,) of one caption."""
     x = state["token_embed.weight"][ids] + state["pos_embed.weight"][: len(ids)]
-    return pool(state, encode(state, x, num_heads, activation), num_heads, activation)
+    x = encode(state, x, num_heads, activation, style)
+    return x[-1] if style.pool_last else pool(state, x, num_heads, activation, style)
 
 
 def position_2d(
@@ -114,7 +143,11 @@ def position_2d(
 
 
 def resized_table(table: Tensor, grid: tuple[int, int], interpolation: str) -> Tensor:
-    """Resize a table (n * n, D) to (rows, cols, D) by torch's own interpolation."""
+    """Resize a table (n * n, D) to (rows, cols, D) by torch's own interpolation.
+
+    One axis after the other: in one call torch's CPU kernels with antialias (found in 2.13) give
+    every row of a result of one column the first row's weights.
+    """
     side = math.isqrt(len(table))
     options: dict[str, Any] = {
         "antialias": {"mode": "bilinear", "antialias": True},
@@ -123,8 +156,9 @@ def resized_table(table: Tensor, grid: tuple[int, int], interpolation: str) -> T
         "bicubic_antialias": {"mode": "bicubic", "antialias": True},
     }[interpolation]
     image = table.view(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(image, grid, **options)
-    return resized[0].permute(1, 2, 0)
+    for size in ((grid[0], side), grid):
+        image = torch.nn.functional.interpolate(image, size, **options)
+    return image[0].permute(1, 2, 0)
 
 
 def position(
@@ -153,8 +187,13 @@ def position(
     return part["amplitude"] * torch.cat([angle.sin(), angle.cos()])
 
 
-def encode(state: State, x: Tensor, num_heads: int, activation: str) -> Tensor:
-    """Run the blocks and the last norm on one image's tokens (n, D)."""
+def encode(
+    state: State, x: Tensor, num_heads: int, activation: str, style: Style = Style()
+) -> Tensor:
+    """Run the norms and blocks on one image's tokens (n, D)."""
+    eps = style.norm_eps
+    if "pre_norm.weight" in state:
+        x = norm(state, "pre_norm", x, eps)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     for i in range(depth):
         block = {
@@ -162,25 +201,36 @@ def encode(state: State, x: Tensor, num_heads: int, activation: str) -> Tensor:
             for name, value in state.items()
             if name.startswith(f"blocks.{i}.")
         }
-        added = self_attention(block, norm(block, "norm1", x), num_heads)
+        added = self_attention(block, norm(block, "norm1", x, eps), num_heads, style)
         x = x + block.get("branch1.scale", 1) * added
-        added = mlp(block, norm(block, "norm2", x), activation)
+        added = mlp(block, norm(block, "norm2", x, eps), activation)
         x = x + block.get("branch2.scale", 1) * added
-    return norm(state, "norm", x)
+    return x if style.norm_after_pool else norm(state, "norm", x, eps)
 
 
-def self_attention(block: State, x: Tensor, num_heads: int) -> Tensor:
+def self_attention(block: State, x: Tensor, num_heads: int, style: Style = Style()) -> Tensor:
     """Attend over one image's tokens, head by head."""
     q, k, v = linear(block, "attn.qkv", x).chunk(3, dim=1)
     heads = []
     for q_h, k_h, v_h in zip(*(y.chunk(num_heads, dim=1) for y in (q, k, v)), strict=True):
         if "attn.q_norm.weight" in block:
-            q_h, k_h = norm(block, "attn.q_norm", q_h), norm(block, "attn.k_norm", k_h)
-        heads.append(torch.softmax(q_h @ k_h.T / math.sqrt(q_h.shape[1]), dim=1) @ v_h)
+            q_h = norm(block, "attn.q_norm", q_h, style.norm_eps)
+            k_h = norm(block, "attn.k_norm", k_h, style.norm_eps)
+        scores = q_h @ k_h.T / math.sqrt(q_h.shape[1])
+        if style.causal:
+            scores = torch.stack(
+                [
+                    torch.cat([row[: i + 1], torch.full_like(row[i + 1 :], -math.inf)])
+                    for i, row in enumerate(scores)
+                ]
+            )
+        heads.append(torch.softmax(scores, dim=1) @ v_h)
     return linear(block, "attn.proj", torch.cat(heads, dim=1))
 
 
-def pool(state: State, x: Tensor, num_heads: int, activation: str) -> Tensor:
+def pool(
+    state: State, x: Tensor, num_heads: int, activation: str, style: Style = Style()
+) -> Tensor:
     """Pool one image's tokens (n, D): attention pooling where the state has a probe, else mean."""
     if "pool.probe" not in state:
         return x.mean(0)
@@ -193,14 +243,16 @@ def pool(state: State, x: Tensor, num_heads: int, activation: str) -> Tensor:
         heads.append(torch.softmax(k_h @ q_h / math.sqrt(len(q_h)), dim=0) @ v_h)
     out = linear(state, "pool.proj", torch.cat(heads))
     head = {name.removeprefix("pool."): value for name, value in state.items()}
-    return (
-        out + mlp(head, norm(head, "norm", out), activation) if "pool.norm.weight" in state else out
-    )
+    if "pool.norm.weight" not in state:
+        return out
+    return out + mlp(head, norm(head, "norm", out, style.norm_eps), activation)
 
 
 def mlp(block: State, x: Tensor, activation: str) -> Tensor:
-    """Two linear layers around a GELU, exact or in its tanh form."""
+    """Two linear layers around a GELU: exact, in its tanh form, or CLIP's."""
     x = linear(block, "mlp.fc1", x)
+    if activation == "quick_gelu":
+        return linear(block, "mlp.fc2", x / (1 + torch.exp(-1.702 * x)))
     if activation == "gelu_tanh":
         share = 1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     else:
@@ -213,8 +265,8 @@ def linear(state: State, name: str, x: Tensor) -> Tensor:
     return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0)
 
 
-def norm(state: State, name: str, x: Tensor) -> Tensor:
-    """Layer norm over the last axis, epsilon 1e-6."""
+def norm(state: State, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer norm over the last axis."""
     centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+    scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
     return scaled * state[f"{name}.weight"] + state.get(f"{name}.bias", 0)

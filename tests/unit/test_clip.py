@@ -12,11 +12,11 @@ from packer.batch import PackedBatch
 from tests.helpers.batches import pack_images, random_images, random_text
 
 
-def tiny(**changes: object) -> CLIP:
+def tiny(embed_dim: int = 24, **changes: object) -> CLIP:
     torch.manual_seed(0)
     vision = NaViTConfig.named("tiny", patch_size=4)
     text = TextConfig.named("tiny", vocab_size=50)
-    return CLIP(CLIPConfig(vision=vision, text=text, embed_dim=24, **changes))
+    return CLIP(CLIPConfig(vision=vision, text=text, embed_dim=embed_dim, **changes))
 
 
 def pairs(count: int) -> PackedBatch:
@@ -54,6 +54,26 @@ def test_the_scale_is_the_multiplier_and_never_above_its_limit() -> None:
     with torch.no_grad():
         model.log_logit_scale.fill_(9.0)
     assert model.logit_scale.item() == 100
+
+
+def test_without_a_limit_the_scale_is_what_was_learned() -> None:
+    """SigLIP's is above 100."""
+    model = tiny(max_logit_scale=None)
+    with torch.no_grad():
+        model.log_logit_scale.fill_(math.log(117.0))
+    model.limit_logit_scale_()
+    assert math.isclose(model.logit_scale.item(), 117, rel_tol=1e-6)
+
+
+def test_image_vectors_can_be_the_common_space_and_text_have_a_bias() -> None:
+    model = tiny(embed_dim=64, image_projection=False, text_projection_bias=True)
+    batch = pairs(4)
+    assert torch.equal(model.encode_image(batch), model.vision(batch).pooled)
+    raw = model.text(batch.captions) @ model.text_proj.weight.T
+    with torch.no_grad():
+        model.text_proj.bias.copy_(torch.randn(64))
+    torch.testing.assert_close(model.encode_text(batch), raw + model.text_proj.bias)
+    assert not {name for name, _ in model.named_parameters() if name.startswith("image_proj")}
 
 
 def test_an_empty_batch_reaches_every_parameter() -> None:

@@ -63,7 +63,17 @@ def test_sizes_are_those_of_the_vit_papers() -> None:
         (lambda: NaViTConfig(num_registers=-1), ["num_registers", "-1"]),
         (lambda: NaViTConfig(layer_scale=0.0), ["layer_scale must be positive", "0.0"]),
         (lambda: NaViTConfig(drop_path=1.0), ["drop_path must be in [0, 1)", "1.0"]),
-        (lambda: TextConfig(pool="cls"), ["'map' or 'mean'", "'cls'"]),
+        (lambda: TextConfig(pool="cls"), ["'map', 'mean' or 'last'", "'cls'"]),
+        (lambda: NaViTConfig(pool="last"), ["'map', 'mean' or 'cls'", "'last'"]),
+        (lambda: NaViTConfig(norm_eps=0.0), ["norm_eps must be between 0 and 1", "0.0"]),
+        (lambda: NaViTConfig(pixel_std=(0.5, 0.0, 0.5)), ["pixel_std positive", "(0.5, 0.0, 0.5)"]),
+        (lambda: TextConfig(pad_id=8192), ["below vocab_size (8192)", "8192"]),
+        (lambda: TextConfig(pad_id=-1), ["pad_id must be a token id", "-1"]),
+        (lambda: TextConfig(pad_id=1, causal=True), ["pad_id must be None with causal", "1"]),
+        (
+            lambda: CLIPConfig(image_projection=False, embed_dim=512),
+            ["the image tower's width (384)", "512"],
+        ),
     ],
 )
 def test_an_error_names_what_must_hold_and_what_was_found(make, words: list[str]) -> None:
@@ -84,7 +94,7 @@ def test_an_unknown_choice_lists_the_choices(setting: dict[str, str]) -> None:
 
 def test_a_configuration_survives_json() -> None:
     config = CLIPConfig(
-        vision=NaViTConfig.named("tiny", pos_embed="learned"),
+        vision=NaViTConfig.named("tiny", pos_embed="learned", pixel_mean=(0.1, 0.2, 0.3)),
         text=TextConfig.named("tiny", vocab_size=77),
         embed_dim=32,
         init_logit_bias=-10.0,
