@@ -4,7 +4,9 @@ from packer.batch import BatchStats, PackedBatch, PackedText
 from packer.captions import CaptionTokenizer
 from packer.collate import PackingCollator
 from packer.config import PackerConfig
+from packer.dataset import PackedDataset
 from packer.errors import SkipSample, TooManyFailures
+from packer.lockstep import in_step
 from packer.pack import pack
 from packer.plan.drop import BetaDrop, ConstantDrop, NoDrop, ResolutionDrop, ScheduledDrop
 from packer.plan.place import Placement
@@ -20,6 +22,7 @@ from packer.plan.resize import (
 )
 from packer.shards import write_shards
 from packer.stream import LoaderState, PackedStream
+from packer.tally import tally_text
 from packer.transforms import ColorJitter, Compose, RandomFlip
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "NormalArea",
     "NormalSide",
     "PackedBatch",
+    "PackedDataset",
     "PackedStream",
     "PackedText",
     "PackerConfig",
@@ -50,6 +54,8 @@ __all__ = [
     "TooManyFailures",
     "UniformArea",
     "UniformSide",
+    "in_step",
     "pack",
+    "tally_text",
     "write_shards",
 ]

@@ -12,10 +12,10 @@ from navit.evaluate.run import Evaluation
 from navit.train.loop import TrainResult
 from navit.train.metrics import read_metrics
 from navit.train.pictures import draw_loss, draw_retrieval
-from packer.batch import BatchStats
 from packer.decode import decode_rgb, read_size
 from packer.patchify import resize_uint8
 from packer.shards import IMAGE_EXTENSIONS, iter_shard
+from packer.tally import tally_text
 
 MAX_GALLERY = 1000
 """Validation pairs that retrieval.png draws from, the first ones."""
@@ -82,26 +82,12 @@ def format_run(result: TrainResult) -> str:
     if result.evaluation is not None:
         parts.append(format_evaluation(result.evaluation))
     parts.append(
-        f"{'padding':<34}{stats.padding:>8.3%}\n"
-        f"{'kept of all tokens':<34}{stats.tokens / max(stats.tokens_before_drop, 1):>8.1%}\n"
         f"{'images/s':<34}{result.images_per_second:>8,.0f}\n"
         f"{'kept tokens/s':<34}{result.tokens_per_second:>8,.0f}"
     )
-    parts.append(format_skipped(stats))
+    parts.append(tally_text(stats))
     parts.append(f"checkpoint: {result.checkpoint}")
     return "\n\n".join(parts)
-
-
-def format_skipped(stats: BatchStats) -> str:
-    """List skipped and noted samples by cause."""
-    if not stats.skipped and not stats.noted:
-        return f"no sample of the {stats.samples_read:,} read was skipped"
-    lines = [f"of {stats.samples_read:,} samples read"]
-    lines += [
-        f"  skipped, {cause:<24}{count:>8,}" for cause, count in sorted(stats.skipped.items())
-    ]
-    lines += [f"  noted, {cause:<26}{count:>8,}" for cause, count in sorted(stats.noted.items())]
-    return "\n".join(lines)
 
 
 def _thumbnail(data: bytes) -> npt.NDArray[np.uint8]:
