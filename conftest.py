@@ -7,7 +7,13 @@ from beartype import BeartypeConf, beartype
 from hypothesis import HealthCheck, settings
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
-_CHECKS_ITSELF = ("packer.config", "packer.plan", "navit.model.config", "navit.train.config")
+_CHECKS_ITSELF = (
+    "packer.config",
+    "packer.plan",
+    "navit.model.config",
+    "navit.train.config",
+    "navit.embed.config",
+)
 
 
 def typecheck(function: Any) -> Any:

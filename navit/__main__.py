@@ -5,13 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
 
 
 def train(args: Sequence[str]) -> int:
-    """Train on packed image-text pairs: `navit train [demo | pairs] [options]`."""
+    """Train on packed images: `navit train [demo | pairs | classify] [options]`."""
     from navit.serialize import to_plain
     from navit.train.config import PRESETS
     from navit.train.loop import Trainer
@@ -47,7 +48,7 @@ def train(args: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate a checkpoint on tar shards of image-text pairs."""
+    """Evaluate a checkpoint on tar shards of image-text pairs, or of labelled images."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run folder or one of its checkpoints."""
@@ -68,34 +69,52 @@ class EvaluateConfig:
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a checkpoint: `navit evaluate CHECKPOINT --shards ...`."""
     from navit.evaluate.encode import read_metadata
-    from navit.evaluate.run import evaluate_clip
     from navit.train.restore import load_trained
     from navit.train.setup import resolve_autocast, resolve_device
-    from navit.train.summary import format_metrics, format_skipped
+    from navit.train.summary import format_evaluation
     from packer.shards import expand_shards
+    from packer.tally import tally_text
 
     options = tyro.cli(EvaluateConfig, args=args, prog="navit evaluate")
     trained = load_trained(options.checkpoint, averaged=not options.raw_weights)
     device = resolve_device(replace(trained.config, device=options.device))
     metadata = read_metadata(expand_shards(options.train_shards)) if options.train_shards else None
-    found = evaluate_clip(
-        trained.model.to(device),
-        trained.tokenizer,
+    found = trained.evaluate(
         options.shards,
-        trained.config.packer,
         sequences_per_batch=options.sequences_per_batch,
         device=device,
         autocast_dtype=resolve_autocast(trained.config, device),
         train_metadata=metadata,
     )
-    print(format_metrics(found.metrics, num_pairs=len(found.pairs.keys)))
-    print(format_skipped(found.stats))
+    print(format_evaluation(found))
+    print(tally_text(found.stats))
     if options.json is not None:
         options.json.write_text(json.dumps(found.metrics, indent=2) + "\n")
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate": evaluate}
+def embed(args: Sequence[str]) -> int:
+    """Images to vectors: `navit embed CHECKPOINT INPUT... --out vectors.npy`."""
+    from navit.embed.command import EmbedCommand, format_result, run_embed
+
+    command = tyro.cli(EmbedCommand, args=args, prog="navit embed")
+    try:
+        result = run_embed(command)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    except OSError as error:  # no checkpoint, no connection to the hub, a full disk
+        print(f"navit embed: {error}", file=sys.stderr)
+        return 2
+    print(format_result(result))
+    return 1 if result.failures else 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "embed": embed,
+}
 
 
 def main() -> int:
@@ -118,9 +137,11 @@ def main() -> int:
 
 
 def _split_preset(args: Sequence[str], names: tuple[str, ...]) -> tuple[str, Sequence[str]]:
-    """Take the run's name off the front; without one, naming shards means `pairs`."""
+    """Take the run's name off the front; without one, task or shards say which is meant."""
     if args and args[0] in names:
         return args[0], args[1:]
+    if "--task=classify" in args or ("--task", "classify") in pairwise(args):
+        return "classify", args
     named = any(arg.split("=")[0] == "--shards" for arg in args)
     return ("pairs" if named else "demo"), args
 

@@ -27,9 +27,12 @@ def test_public_names_are_the_models_and_others_are_refused() -> None:
         (["pairs", "--shards", "a.tar"], "pairs", ["--shards", "a.tar"]),
         (["--shards=a.tar"], "pairs", ["--shards=a.tar"]),
         (["--steps", "3"], "demo", ["--steps", "3"]),
+        (["--task", "classify"], "classify", ["--task", "classify"]),
+        (["--shards=a.tar", "--task=classify"], "classify", ["--shards=a.tar", "--task=classify"]),
+        (["pairs", "--task", "classify"], "pairs", ["--task", "classify"]),
     ],
 )
-def test_a_run_without_a_name_is_pairs_if_it_names_shards(
+def test_a_run_without_a_name_is_told_by_its_task_and_shards(
     args: list[str], name: str, rest: list[str]
 ) -> None:
-    assert _split_preset(args, ("demo", "pairs")) == (name, rest)
+    assert _split_preset(args, ("demo", "pairs", "classify")) == (name, rest)
