@@ -16,6 +16,7 @@ import pytest
 from navit.__main__ import COMMANDS as NAVIT_COMMANDS
 from navit.__main__ import EvaluateConfig
 from navit.__main__ import main as navit_main
+from navit.embed.command import EmbedCommand
 from navit.train.config import TrainConfig
 from packer.__main__ import COMMANDS as PACKER_COMMANDS
 from packer.config import PackerConfig
@@ -57,7 +58,8 @@ def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple
 def configurations() -> list[type]:
     """Return every dataclass a user can set: the roots and all that their fields lead to."""
     found: dict[type, None] = {}
-    queue: list[object] = [PackerConfig, TrainConfig, EvaluateConfig, *PACKER_COMMANDS.values()]
+    roots = [PackerConfig, TrainConfig, EvaluateConfig, EmbedCommand]
+    queue: list[object] = [*roots, *PACKER_COMMANDS.values()]
     while queue:
         kind = queue.pop()
         queue += get_args(kind)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from examples import collate, dataset, huggingface_rows, plan_and_show
 from navit import NaViT, NaViTConfig
 from packer import PackerConfig, PackingCollator, write_shards
+from tests.helpers.public_models import make_model
 
 # Python 3.12 and later warn where a process that runs threads (torch) forks DataLoader workers.
 pytestmark = pytest.mark.filterwarnings(
@@ -157,14 +158,22 @@ def test_the_readmes_snippets_run_in_their_order(
 ) -> None:
     readme = Path(__file__).parents[2] / "README.md"
     snippets = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 5
     pairs = encoded_pairs(10, broken=-1)
     samples = [{"image": image, "caption": caption} for image, caption in pairs]
     write_shards(samples, tmp_path / "shards" / "pairs-%05d.tar", samples_per_shard=5)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"dataset": pairs}
+    make_model("siglip2").save_pretrained(tmp_path / "checkpoints" / "siglip2")
+    names: dict[str, Any] = {
+        "dataset": pairs,
+        "sizes": [(64, 32 + 8 * index) for index in range(10)],
+        "images": [image for image, _ in pairs],
+    }
     for snippet in snippets:
         exec(snippet, names)
     assert names["output"].pooled.shape == (10, 384)
+    assert names["packed"].epoch == 1
+    assert sum(batch.num_images for batch in names["packed"]) == 10
+    assert names["vectors"].shape == (10, names["encoder"].config.width)
     assert names["stored"]["batches"] == 2
     assert len(names["stored"]["streams"]) == 2
