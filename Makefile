@@ -7,12 +7,14 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := .venv-bench
+BENCH_READY := $(BENCH)/.ready
 ARGS ?=
 
-.PHONY: help setup train test test-all test-gpu lint types contracts check bench fix clean
+.PHONY: help setup train test test-all test-gpu lint types contracts check bench bench-setup fix clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found on PATH. Install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -48,12 +50,21 @@ contracts: setup
 check: lint types contracts test ## lint, types, import contracts and the fast tests
 
 bench: setup ## paired benchmarks; tables on screen, JSON under benchmarks/results/
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(if $(wildcard $(BENCH_READY)),$(BENCH)/bin,$(BIN))/python -m benchmarks $(ARGS)
+
+bench-setup: $(BENCH_READY) ## create .venv-bench, where `make bench` finds other packers to compare with
+
+$(BENCH_READY): requirements-bench.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found on PATH. Install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.lock
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
 
 fix: setup ## format and apply the linter's safe fixes
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and generated data (not runs/)
-	rm -rf $(VENV) build data *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) build data *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

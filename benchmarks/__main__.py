@@ -8,10 +8,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks import bench_image_path, bench_loss, bench_model, bench_place
+from benchmarks import (
+    bench_image_path,
+    bench_loader,
+    bench_loss,
+    bench_model,
+    bench_place,
+    bench_scale,
+)
 from benchmarks.harness import Paired, environment, store
 
-Name = Literal["place", "image_path", "loss", "model"]
+Name = Literal["place", "scale", "image_path", "loader", "loss", "model"]
 Rows = list[dict[str, Any]]
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,11 +33,17 @@ class Benchmark:
     """What is measured, for the progress line."""
     prints: bool = False
     """Whether `run` prints its own table while it measures."""
+    reads_photos: bool = False
+    """Whether `run` takes ``photos``."""
 
 
 BENCHMARKS: dict[Name, Benchmark] = {
     "place": Benchmark(bench_place.run, "padding and speed of placement", prints=True),
-    "image_path": Benchmark(bench_image_path.run, "encoded images to patches, against Pillow"),
+    "scale": Benchmark(bench_scale.run, "many ranks and shards, by planning only", prints=True),
+    "image_path": Benchmark(
+        bench_image_path.run, "encoded images to patches", prints=True, reads_photos=True
+    ),
+    "loader": Benchmark(bench_loader.run, "tar shards to batches", prints=True, reads_photos=True),
     "loss": Benchmark(bench_loss.run, "tiled contrastive loss against dense", prints=True),
     "model": Benchmark(bench_model.run, "packed images against a dense batch"),
 }
@@ -46,8 +59,8 @@ class Options:
     """Tiny inputs, to see that everything runs; the numbers mean nothing and are not stored."""
     store: bool = True
     """Write rows and environment to benchmarks/results/<date>_<device>_<name>.json."""
-    photos: Path | None = None
-    """A tar of JPEGs for image_path; without it, photo-like images are generated."""
+    photos: tuple[Path, ...] = ()
+    """Tars or folders of JPEGs for image_path and loader; none: photo-like images are drawn."""
 
 
 def main(args: Sequence[str] | None = None, *, results: Path = RESULTS) -> dict[Name, Rows]:
@@ -62,14 +75,15 @@ def main(args: Sequence[str] | None = None, *, results: Path = RESULTS) -> dict[
     """
     options = tyro.cli(Options, args=args, prog="python -m benchmarks")
     described = environment()
-    print(f"{described['device']}, {described['threads']} threads, {described['versions']}")
+    versions = described["versions"] | described["peers"]
+    print(f"{described['device']}, {described['threads']} threads, {versions}")
     measured: dict[Name, Rows] = {}
     # dict.fromkeys: a name given twice is run once.
     names = tuple(dict.fromkeys(options.names)) or tuple(BENCHMARKS)
     for number, name in enumerate(names, 1):
         benchmark = BENCHMARKS[name]
         print(f"\n[{number}/{len(names)}] {name}: {benchmark.what}", flush=True)
-        inputs = {"photos": options.photos} if name == "image_path" else {}
+        inputs = {"photos": options.photos} if benchmark.reads_photos else {}
         start = perf_counter()
         rows = measured[name] = benchmark.run(quick=options.quick, **inputs)
         seconds = perf_counter() - start

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import peers
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -43,7 +45,12 @@ class Paired:
 
 
 def paired_ratio(
-    a: Callable[[], object], b: Callable[[], object], *, pairs: int = 10, warmup: int = 1
+    a: Callable[[], Any],
+    b: Callable[[], Any],
+    *,
+    pairs: int = 10,
+    warmup: int = 1,
+    self_timed: bool = False,
 ) -> Paired:
     """Time ``a`` against ``b`` in the order A B B A, then ``a`` against itself the same way.
 
@@ -52,6 +59,8 @@ def paired_ratio(
         b: The program it is compared with.
         pairs: Ratios taken; rounded up to an even number.
         warmup: Untimed calls of each before the first timing.
+        self_timed: Whether ``a`` and ``b`` return the seconds that count, since they start
+            processes first.
 
     Returns:
         The time ratio A / B (below 1: A is faster) and its A/A control.
@@ -59,8 +68,9 @@ def paired_ratio(
     for _ in range(warmup):
         a()
         b()
-    ratios, times_a, times_b = _alternate(a, b, pairs)
-    control, _, _ = _alternate(a, a, pairs)
+    seconds = _returned if self_timed else _seconds
+    ratios, times_a, times_b = _alternate(a, b, pairs, seconds)
+    control, _, _ = _alternate(a, a, pairs, seconds)
     return Paired(
         *_spread(ratios), *_spread(control), median(times_a), median(times_b), len(ratios)
     )
@@ -80,6 +90,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "numpy", "pillow", "xformers")},
+        "peers": peers.versions(),
     }
 
 
@@ -100,15 +111,18 @@ def store(folder: Path, theme: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def _alternate(
-    a: Callable[[], object], b: Callable[[], object], pairs: int
+    a: Callable[[], Any],
+    b: Callable[[], Any],
+    pairs: int,
+    seconds: Callable[[Callable[[], Any]], float],
 ) -> tuple[list[float], list[float], list[float]]:
     times_a: list[float] = []
     times_b: list[float] = []
     for _ in range((pairs + 1) // 2):
-        times_a.append(_seconds(a))
-        times_b.append(_seconds(b))
-        times_b.append(_seconds(b))
-        times_a.append(_seconds(a))
+        times_a.append(seconds(a))
+        times_b.append(seconds(b))
+        times_b.append(seconds(b))
+        times_a.append(seconds(a))
     return [x / y for x, y in zip(times_a, times_b, strict=True)], times_a, times_b
 
 
@@ -118,6 +132,10 @@ def _seconds(function: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter() - start
+
+
+def _returned(function: Callable[[], float]) -> float:
+    return function()
 
 
 def _spread(ratios: list[float]) -> tuple[float, float, float]:

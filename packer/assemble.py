@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from packer.batch import BatchStats, PackedBatch
 from packer.captions import CaptionTokenizer, pack_text
@@ -65,7 +67,7 @@ def assemble(
     everyone = [image for sequence in sequences for image in sequence]
     slots = max_images_per_seq or max(map(len, rows), default=0)
     num_rows = len(rows)
-    patches = torch.zeros(num_rows, seq_len, patch_size * patch_size * 3, dtype=torch.uint8)
+    patches = _zero_bytes(num_rows, seq_len, patch_size * patch_size * 3)
     segment_ids = np.zeros((num_rows, seq_len), np.int32)
     position_ids = np.zeros((num_rows, seq_len, 2), np.int32)
     grid_sizes = np.zeros((num_rows, slots, 2), np.int32)
@@ -120,6 +122,20 @@ def assemble(
         labels=_stack_labels(images, everyone),
         stats=counts if stats is None else stats + counts,
     )
+
+
+def _zero_bytes(*shape: int) -> UInt8[Tensor, "B L P"]:
+    """Make zeros; in a `DataLoader` worker in the memory it shares with the consumer.
+
+    The worker would copy them there otherwise, which costs 4 % of the loader's time.
+    """
+    if get_worker_info() is None or not prod(shape):
+        return torch.zeros(shape, dtype=torch.uint8)
+    # As torch's own collate function does; new shared memory is zero.
+    shared: torch.UntypedStorage = torch.UntypedStorage._new_shared(  # type: ignore[no-untyped-call]
+        prod(shape)
+    )
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 def _stack_labels(

@@ -83,7 +83,7 @@ class Placer(Generic[T]):
         self, seq_len: int, *, placement: Placement | None = None, max_images: int | None = None
     ) -> None:
         self._seq_len = seq_len
-        self._engine = _make_engine(seq_len, placement or Placement(), max_images)
+        self._engine = make_engine(seq_len, placement or Placement(), max_images)
         self._items: dict[int, T] = {}
 
     def push(self, length: int, item: T) -> list[list[T]]:
@@ -179,11 +179,46 @@ def pack_lengths(
     Raises:
         ValueError: If a length is not an integer between 1 and ``seq_len``, or a setting is wrong.
     """
+    engine, checked = _checked(lengths, seq_len, strategy, max_images, options)
+    return engine.extend(checked) + engine.flush()
+
+
+def pack_lengths_timed(
+    lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
+    seq_len: int,
+    *,
+    strategy: Strategy = "exact",
+    max_images: int | None = None,
+    **options: int,
+) -> tuple[list[list[int]], list[int]]:
+    """Place images as `pack_lengths` does, and say when each sequence was complete.
+
+    Returns:
+        The sequences, and for each the index of the image whose arrival completed it; the last
+        image's for those that were flushed.
+
+    Raises:
+        ValueError: As `pack_lengths`.
+    """
+    engine, checked = _checked(lengths, seq_len, strategy, max_images, options)
+    completed: list[int] = []
+    sequences = engine.extend(checked, completed) + engine.flush()
+    return sequences, completed + [len(checked) - 1] * (len(sequences) - len(completed))
+
+
+def _checked(
+    lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
+    seq_len: int,
+    strategy: Strategy,
+    max_images: int | None,
+    options: dict[str, int],
+) -> tuple[Engine, list[int]]:
+    """Check the arguments of `pack_lengths`; return the engine and the lengths as integers."""
     known = [field.name for field in fields(Placement) if field.name != "strategy"]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"pack_lengths knows the options {', '.join(known)}; got {unknown[0]!r}.")
-    engine = _make_engine(seq_len, Placement(strategy, **options), max_images)
+    engine = make_engine(seq_len, Placement(strategy, **options), max_images)
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(
@@ -197,10 +232,12 @@ def pack_lengths(
             f"lengths must be between 1 and seq_len ({seq_len}); got lengths[{index}] = "
             f"{array[index]}. Lower max_tokens or raise seq_len."
         )
-    return engine.extend(array.tolist()) + engine.flush()
+    values: list[int] = array.tolist()
+    return engine, values
 
 
-def _make_engine(seq_len: int, placement: Placement, max_images: int | None) -> Engine:
+def make_engine(seq_len: int, placement: Placement, max_images: int | None) -> Engine:
+    """Return the strategy's engine, over lengths and stamps; arguments as for `Placer`."""
     _check_positive("seq_len", seq_len)
     if max_images is not None:
         _check_positive("max_images", max_images)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from packer.plan.subset_sum import fullest_subset
+from packer.plan.subset_sum import fullest_subset, longest_single
 
 _FIRST_TRIED = 8  # images tried as a sequence's first: 8 instead of 1 halves the padding at L = 256
 
@@ -15,8 +15,11 @@ class Engine(ABC):
     """Images pushed so far."""
 
     @abstractmethod
-    def extend(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Add images and return the stamps of every sequence this completes."""
+    def extend(self, lengths: Sequence[int], completed: list[int] | None = None) -> list[list[int]]:
+        """Add images and return the stamps of every sequence this completes.
+
+        To ``completed`` is added, for each sequence, the stamp of the image that completed it.
+        """
 
     @abstractmethod
     def flush(self) -> list[list[int]]:
@@ -51,22 +54,27 @@ class ExactWindow(Engine):
         self._lengths: list[int] = []  # waiting images in order of arrival, and their stamps
         self._stamps: list[int] = []
         self._tokens = 0
+        self._least = self._seq_len  # no waiting image is shorter
         # Waiting images of each length; twice as long as needed, so that a negative index finds 0.
         self._counts = [0] * (2 * self._seq_len + 1)
 
-    def extend(self, lengths: Sequence[int]) -> list[list[int]]:
+    def extend(self, lengths: Sequence[int], completed: list[int] | None = None) -> list[list[int]]:
         """Let images wait; build a sequence whenever one is due."""
         built = []
-        start = 0
-        while start < len(lengths):
+        start, end = 0, len(lengths)
+        while start < end:
             # Nothing can become due before the window is full or its oldest image of age.
-            oldest = self._stamps[0] if self._stamps else self.now
-            arriving = min(self._window - len(self._lengths), oldest + self._max_age + 1 - self.now)
-            chunk = lengths[start : start + max(arriving, 1)]
-            start += len(chunk)
-            self._add(chunk)
+            arriving = self._window - len(self._lengths)
+            of_age = (self._stamps[0] if self._stamps else self.now) + self._max_age + 1 - self.now
+            if of_age < arriving:
+                arriving = of_age
+            stop = start + arriving if arriving > 1 else start + 1
+            self._add(lengths[start:stop])
+            start = stop
             while self._is_due():
                 built.append(self._build())
+                if completed is not None:
+                    completed.append(self.now - 1)
         return built
 
     def flush(self) -> list[list[int]]:
@@ -88,80 +96,117 @@ class ExactWindow(Engine):
         self._stamps = [stamp for stamp, _, _ in rows]
 
     def _add(self, lengths: Sequence[int]) -> None:
-        self._lengths += lengths
-        self._stamps += range(self.now, self.now + len(lengths))
+        start = self.now
         self.now += len(lengths)
+        self._lengths += lengths
+        self._stamps += range(start, self.now)
         self._tokens += sum(lengths)
-        counts = self._counts
+        counts, least = self._counts, self._least
         for length in lengths:
             counts[length] += 1
+            if length < least:
+                least = length
+        self._least = least
 
     def _is_aged(self) -> bool:
         return self.now - 1 - self._stamps[0] >= self._max_age
 
     def _is_due(self) -> bool:
-        waiting = len(self._lengths)
+        waiting, tokens = len(self._lengths), self._tokens
         if waiting >= self._window and (
-            self._tokens >= 2 * self._seq_len or waiting >= 2 * self._max_images
+            tokens >= 2 * self._seq_len or waiting >= 2 * self._max_images
         ):
             return True
-        can_fill = self._tokens >= self._seq_len or waiting >= self._max_images
-        return can_fill and self._is_aged()
+        if tokens < self._seq_len and waiting < self._max_images:
+            return False
+        return self.now - 1 - self._stamps[0] >= self._max_age
 
     def _build(self) -> list[int]:
         """Remove the images of one sequence from the window and return their stamps."""
-        lengths = self._lengths
-        best: list[int] = []
-        most = 0
-        # Where E mean images fill less than 3/4 of a sequence, E of them are as good as any others.
-        short_of_slots = 4 * self._tokens * self._max_images < 3 * self._seq_len * len(lengths)
-        for first in range(1 if self._is_aged() else min(_FIRST_TRIED, len(lengths))):
-            positions, room = self._compose(first)
-            if self._seq_len - room > most:
-                best, most = positions, self._seq_len - room
-            if room == 0 or (short_of_slots and len(positions) == self._max_images):
-                break
-        counts, stamps = self._counts, self._stamps
-        sequence = []
-        for position in reversed(best):
-            counts[lengths.pop(position)] -= 1
-            sequence.append(stamps.pop(position))
-        sequence.reverse()
-        self._tokens -= most
+        first = 0
+        end, chosen, room = self._compose(0)
+        if room:
+            first, end, chosen, room = self._fullest(end, chosen, room)
+        self._tokens -= self._seq_len - room
+        lengths, stamps, counts = self._lengths, self._stamps, self._counts
+        sequence = stamps[first:end]
+        for length in lengths[first:end]:
+            counts[length] -= 1
+        del lengths[first:end], stamps[first:end]
+        if chosen:
+            for position in reversed(chosen):
+                counts[lengths.pop(position)] -= 1
+                sequence.append(stamps.pop(position))
+            sequence.sort()  # by stamp is by position
         return sequence
 
-    def _compose(self, first: int) -> tuple[list[int], int]:
+    def _fullest(self, end: int, chosen: list[int], room: int) -> tuple[int, int, list[int], int]:
+        """Start with the next oldest images instead, where that leaves less room.
+
+        Args:
+            end: What `_compose` found for the oldest image.
+            chosen: As above.
+            room: As above, not 0.
+
+        Returns:
+            First position, and what `_compose` found for it.
+        """
+        waiting = len(self._lengths)
+        # Where E mean images fill less than 3/4 of a sequence, E of them are as good as any others.
+        short_of_slots = 4 * self._tokens * self._max_images < 3 * self._seq_len * waiting
+        best = 0, end, chosen, room
+        for first in range(1, 1 if self._is_aged() else min(_FIRST_TRIED, waiting)):
+            if short_of_slots and end - first + 1 + len(chosen) == self._max_images:
+                break
+            end, chosen, room = self._compose(first)
+            if room < best[3]:
+                best = first, end, chosen, room
+            if not room:
+                break
+        return best
+
+    def _compose(self, first: int) -> tuple[int, list[int], int]:
         """Choose a sequence that starts with the image at position ``first`` of the window.
 
         Returns:
-            Its positions, rising, and the room left, in tokens.
+            It holds the images from ``first`` up to this position, and those at these positions,
+            rising, of a window without the former; the room left, in tokens.
         """
         lengths = self._lengths
         waiting = len(lengths)
         room = self._seq_len - lengths[first]
         end = first + 1
-        slots = self._max_images - 1
         # Room for 2.5 mean images is where one or two chosen ones most often fill it exactly.
         enough = 5 * self._tokens // (2 * waiting)
-        while room > enough and slots > 2 and end < waiting and lengths[end] <= room:
-            room -= lengths[end]
+        last = first + self._max_images - 2  # which leaves two slots for them
+        if last > waiting:
+            last = waiting
+        while room > enough and end < last and (length := lengths[end]) <= room:
+            room -= length
             end += 1
-            slots -= 1
+        slots = self._max_images - end + first
         if not room or not slots:
-            return list(range(first, end)), room
+            return end, [], room
+        if room < self._least:
+            return end, [], room
         rest = lengths[end:] if first == 0 else lengths[:first] + lengths[end:]
         chosen = self._exact_pair(rest, room, slots)
         if chosen:
-            room = 0
+            return end, chosen, 0
+        # Where no two fit together, which is usual with images near L, no sums are needed.
+        if room < 2 * self._shortest():
+            chosen = longest_single(rest, room)
         else:
             chosen = fullest_subset(rest, room, slots)
-            room -= sum([rest[position] for position in chosen])
-        if first == 0:
-            return [*range(end), *[end + position for position in chosen]], room
-        shift = end - first
-        before = [position for position in chosen if position < first]
-        after = [position + shift for position in chosen if position >= first]
-        return [*before, *range(first, end), *after], room
+        return end, chosen, room - sum([rest[position] for position in chosen])
+
+    def _shortest(self) -> int:
+        """Return the length of the shortest waiting image."""
+        counts, least = self._counts, self._least
+        while not counts[least]:
+            least += 1
+        self._least = least
+        return least
 
     def _exact_pair(self, rest: list[int], room: int, slots: int) -> list[int]:
         """Return the positions of one or two images that fill the room exactly, else nothing."""
@@ -192,7 +237,7 @@ class Greedy(Engine):
         self._rooms: list[int] = []  # tokens free in each open sequence, the oldest first
         self._members: list[list[tuple[int, int]]] = []  # its (stamp, length) pairs
 
-    def extend(self, lengths: Sequence[int]) -> list[list[int]]:
+    def extend(self, lengths: Sequence[int], completed: list[int] | None = None) -> list[list[int]]:
         """Place images; a sequence closes when it is full or another must be opened."""
         closed = []
         for length in lengths:
@@ -200,14 +245,18 @@ class Greedy(Engine):
             if index is None:
                 if len(self._rooms) == self._open_sequences:
                     closed.append(self._close(self._rooms.index(min(self._rooms))))
+                    if completed is not None:
+                        completed.append(self.now)
                 self._rooms.append(self._seq_len)
                 self._members.append([])
                 index = len(self._rooms) - 1
             self._rooms[index] -= length
             self._members[index].append((self.now, length))
-            self.now += 1
             if not self._rooms[index] or len(self._members[index]) == self._max_images:
                 closed.append(self._close(index))
+                if completed is not None:
+                    completed.append(self.now)
+            self.now += 1
         return closed
 
     def flush(self) -> list[list[int]]:

@@ -30,6 +30,20 @@ def fullest_subset(lengths: Sequence[int], target: int, max_items: int | None = 
     return [fitting[index] for index in chosen]
 
 
+def longest_single(lengths: Sequence[int], target: int) -> list[int]:
+    """Do what `fullest_subset` does where no two lengths fit together, without sums of subsets.
+
+    Args:
+        lengths: Positive lengths in tokens, the most wanted first.
+        target: Largest length allowed; below the sum of any two.
+
+    Returns:
+        The position of the first of the longest lengths that fit; empty if none does.
+    """
+    longest = max([length for length in lengths if length <= target], default=0)
+    return [lengths.index(longest)] if longest else []
+
+
 def _unlimited(lengths: Sequence[int], target: int) -> list[int]:
     mask, goal = (2 << target) - 1, 1 << target
     reached, before = 1, []

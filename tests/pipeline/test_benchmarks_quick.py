@@ -2,14 +2,18 @@
 
 import json
 import math
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import __main__ as suite
-from benchmarks.harness import Paired
+from benchmarks import bench_image_path, peers
+from benchmarks.harness import Paired, paired_ratio
 
 
 def check_rows(rows: list[dict[str, Any]]) -> None:
@@ -32,8 +36,13 @@ def test_a_benchmark_runs_quick_and_prints_a_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # On a busy machine a second thread spins for its turn and multiplies the time.
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    measured = suite.main([name, "--quick"], results=tmp_path)
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: set_threads(1))
+    torch.set_num_threads(1)
+    try:
+        measured = suite.main([name, "--quick"], results=tmp_path)
+    finally:
+        set_threads(threads)
     assert list(measured) == [name]
     check_rows(measured[name])
     assert not list(tmp_path.iterdir()), "tiny inputs give no result worth storing"
@@ -53,7 +62,9 @@ def test_a_full_run_stores_rows_with_their_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fakes = {name: suite.Benchmark(fake, "nothing") for name in suite.BENCHMARKS}
-    fakes["image_path"] = suite.Benchmark(lambda quick, photos: fake(quick), "nothing")
+    fakes["loader"] = suite.Benchmark(
+        lambda quick, photos: fake(quick), "nothing", reads_photos=True
+    )
     monkeypatch.setattr(suite, "BENCHMARKS", fakes)
     suite.main(["loss", "--no-store"], results=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -85,3 +96,60 @@ def test_a_table_says_once_what_all_rows_share() -> None:
     shown = suite.format_rows(fake()).splitlines()
     assert shown[0] == "images 8, time 0.500 (0.40..0.60; A/A 0.90..1.10)"
     assert [line.strip() for line in shown[1:]] == ["what", "a", "b"]
+
+
+def test_programs_that_time_themselves_are_compared_by_what_they_return() -> None:
+    found = paired_ratio(lambda: 3.0, lambda: 2.0, pairs=2, self_timed=True)
+    assert (found.ratio, found.aa_ratio) == (1.5, 1.0)
+    assert (found.seconds_a, found.seconds_b) == (3.0, 2.0)
+
+
+def jpeg(size: tuple[int, int], orientation: int = 1, mode: str = "RGB") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = BytesIO()
+    Image.effect_mandelbrot(size, (-3, -2.5, 2, 2.5), 9).convert(mode).save(
+        buffer, "JPEG", exif=exif
+    )
+    return buffer.getvalue()
+
+
+def test_photographs_and_figures_of_original_size_are_measured_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {
+        "0.jpg": jpeg((70, 50)),
+        "0.json": json.dumps({"set": "openstax", "bytes": "original"}).encode(),
+        "1.jpg": jpeg((40, 60)),
+        "1.json": json.dumps({"set": "caltech101", "bytes": "original"}).encode(),
+        "2.jpg": jpeg((90, 90)),
+        "2.json": json.dumps({"set": "caltech101", "bytes": "scaled"}).encode(),
+        "3.txt": b"not an image",
+    }
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, BytesIO(content))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(jpeg((48, 32)))
+    (folder / "turned.jpg").write_bytes(jpeg((48, 33), orientation=6))
+    (folder / "grey.jpg").write_bytes(jpeg((48, 34), mode="L"))
+    (folder / "broken.jpg").write_bytes(b"nothing")
+
+    threads = torch.get_num_threads()
+    rows = bench_image_path.run(quick=True, photos=[tmp_path / "pairs.tar", folder])
+
+    assert torch.get_num_threads() == threads
+    found = {(row["kind"], row["max_tokens"]): row["images"] for row in rows}
+    counts = {"photographs": 2, "figures": 1}
+    assert found == {(kind, n): counts[kind] for kind in counts for n in (64, 256, 1024)}
+    check_rows(rows)
+    # Peers are measured where they are installed, and named where they are not.
+    told = capsys.readouterr().out
+    for name, package in peers.PREPARERS.items():
+        assert (f"speed_to_{name}" in rows[0]) == peers.is_there(package)
+        assert peers.is_there(package) or package in told.splitlines()[0]
+    with pytest.raises(ValueError, match="must hold RGB JPEGs of original size"):
+        bench_image_path.run(quick=True, photos=[tmp_path])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from packer.assemble import PlacedImage, assemble
 from packer.batch import BatchStats, PackedBatch
@@ -177,3 +178,22 @@ def test_given_counts_are_added() -> None:
     batch = build([[placed("a", 1, 1, 1)]], stats=BatchStats(samples_read=3, skipped={"x": 2}))
     assert (batch.stats.samples_read, batch.stats.images) == (3, 1)
     assert batch.stats.skipped == {"x": 2}
+
+
+class Assembled(Dataset[tuple[bool, torch.Tensor]]):
+    """Says whether a batch's patches are in shared memory before anyone moves them there."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[bool, torch.Tensor]:
+        batch = build([[placed("a", 2, 3, 5)], []])
+        return batch.patches.is_shared(), batch.patches
+
+
+def test_a_workers_batch_is_made_in_the_memory_it_shares() -> None:
+    shared, patches = next(iter(DataLoader(Assembled(), batch_size=None, num_workers=1)))
+    alone, expected = Assembled()[0]
+    assert (shared, alone) == (True, False)
+    assert torch.equal(patches, expected)
+    assert not build([], seq_len=4).patches.numel()

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import bench_image_path
 from packer.config import PackerConfig
 from packer.decode import read_size
 from packer.errors import SkipSample
 from packer.patchify import cut_patches, image_patches, resize_uint8
+from packer.pillow import rgb_pixels
 from packer.plan.drop import ConstantDrop, kept_indices
 from packer.plan.image import plan_image
 from packer.plan.resize import RandomCrop
@@ -84,6 +84,14 @@ def test_resizing_agrees_with_pillows_bicubic(
     resized = resize_uint8(torch.from_numpy(np.array(image)), *target)
     assert resized.is_contiguous()
     assert np.abs(resized.numpy() - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30_001), (30_001, 1), (311, 257)])
+def test_pixels_copied_out_in_one_piece_are_those_numpy_gets(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    np.testing.assert_array_equal(rgb_pixels(image), np.asarray(image))
+    cropped = image.crop((0, 0, max(size[1] - 1, 1), max(size[0] - 1, 1)))
+    np.testing.assert_array_equal(rgb_pixels(cropped), np.asarray(cropped))
 
 
 def test_a_constant_image_stays_constant_at_any_reduction() -> None:
@@ -189,11 +197,3 @@ def test_an_image_that_breaks_after_planning_is_a_skip() -> None:
     with pytest.raises(SkipSample, match="decode_error"):
         patches(data[: len(data) // 2], config)
     assert patches(data[: len(data) // 2], config, keep_truncated=True).shape == (4, 768)
-
-
-def test_the_benchmark_runs_and_leaves_the_threads_as_they_were() -> None:
-    threads = torch.get_num_threads()
-    rows = bench_image_path.run(quick=True)
-    assert [row["max_tokens"] for row in rows] == [64, 256, 1024]
-    assert all(row["ratio_to_pillow_chain"].ratio > 0 for row in rows)
-    assert torch.get_num_threads() == threads

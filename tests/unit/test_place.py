@@ -15,7 +15,7 @@ from packer.config import PackerConfig
 from packer.plan.place import Placement, Placer, pack_lengths
 from packer.plan.resize import UniformSide
 from packer.plan.simulate import laion_lengths
-from packer.plan.subset_sum import fullest_subset
+from packer.plan.subset_sum import fullest_subset, longest_single
 from tests.reference import placement as reference
 
 STRATEGIES = ("exact", "best_fit", "first_fit", "next_fit")
@@ -172,6 +172,15 @@ def test_the_subset_is_as_full_as_the_best_of_all_subsets(
     assert max_items is None or len(chosen) <= max_items
     best = reference.fullest_sum(lengths, target, max_items)
     assert sum(lengths[position] for position in chosen) == best
+
+
+@given(lengths=st.lists(st.integers(5, 30), max_size=12), target=st.integers(1, 40))
+@settings(deadline=None)
+def test_where_no_two_fit_the_longest_single_is_the_fullest_subset(
+    lengths: list[int], target: int
+) -> None:
+    target = min(target, 2 * min(lengths, default=20) - 1)
+    assert longest_single(lengths, target) == fullest_subset(lengths, target)
 
 
 def test_among_equally_full_subsets_the_oldest_images_are_chosen() -> None:
