@@ -68,6 +68,8 @@ def assemble(
     slots = max_images_per_seq or max(map(len, rows), default=0)
     num_rows = len(rows)
     patches = _zero_bytes(num_rows, seq_len, patch_size * patch_size * 3)
+    # Copied through numpy: torch's copy is parallel, and its threads would wait for each other.
+    places = patches.numpy()
     segment_ids = np.zeros((num_rows, seq_len), np.int32)
     position_ids = np.zeros((num_rows, seq_len, 2), np.int32)
     grid_sizes = np.zeros((num_rows, slots, 2), np.int32)
@@ -80,7 +82,7 @@ def assemble(
             plan = image.plan
             stop = start + plan.num_kept
             assert image.patches is not None
-            patches[b, start:stop] = image.patches
+            places[b, start:stop] = image.patches.numpy()
             segment_ids[b, start:stop] = slot + 1
             kept = kept_indices(plan.grid.num_tokens, plan.num_kept, plan.kept_draw)
             position_ids[b, start:stop, 0], position_ids[b, start:stop, 1] = divmod(

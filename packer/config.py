@@ -8,6 +8,7 @@ from packer.plan.place import Placement
 from packer.plan.resize import Crop, Native, NoCrop, ResizePolicy, Resolution
 
 DecodeMode = Literal["reduced", "full"]
+Resample = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class PackerConfig:
     lowers the drop rates a little, and is counted in `BatchStats.tokens_filled`."""
     decode: DecodeMode = "reduced"
     """"reduced": JPEG scaled decoding while both sides stay at least twice the target; "full"."""
+    resample: Resample = "bicubic"
+    """Kernel an image is resized with, antialiased; SigLIP 2's own processor takes "bilinear"."""
     max_text_tokens: int = 24
     """Caption tokens kept, the end token included."""
     max_pixels: int = 178_000_000
@@ -78,6 +81,7 @@ class PackerConfig:
             raise ValueError(f"max_aspect_ratio must be at least 1; got {self.max_aspect_ratio}.")
         _check_choice("resize", self.resize, ("shrink_only", "allow_enlarge", "fill_budget"))
         _check_choice("decode", self.decode, ("reduced", "full"))
+        _check_choice("resample", self.resample, ("bicubic", "bilinear"))
         _check_choice("missing_caption", self.missing_caption, ("skip", "keep"))
         for name, kinds in (("resolution", Resolution), ("crop", Crop), ("token_drop", TokenDrop)):
             if not isinstance(getattr(self, name), kinds):

@@ -159,6 +159,7 @@ class SampleReader:
                 image.info,
                 image.plan,
                 decode=self.config.decode,
+                resample=self.config.resample,
                 keep_truncated=self.config.keep_truncated,
                 transform=transform,
             )

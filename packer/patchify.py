@@ -23,14 +23,18 @@ Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def resize_uint8(
-    pixels: UInt8[Tensor, "H W 3"], height: int, width: int
+    pixels: UInt8[Tensor, "H W 3"],
+    height: int,
+    width: int,
+    resample: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> UInt8[Tensor, "height width 3"]:
-    """Resize with torch's antialiased bicubic kernel for bytes.
+    """Resize with torch's antialiased kernels for bytes.
 
     Args:
         pixels: RGB image.
         height: New height in pixels.
         width: New width in pixels.
+        resample: The kernel.
 
     Returns:
         The resized image, contiguous; ``pixels`` itself where the size already matches, so that an
@@ -41,7 +45,7 @@ def resize_uint8(
     # Adding the batch axis first gives the exact strides of channels_last, for which torch has a
     # kernel that reads and writes interleaved channels (a third faster than permuting first).
     image = pixels[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(image, (height, width), mode="bicubic", antialias=True)
+    resized = F.interpolate(image, (height, width), mode=resample, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous()
 
 
@@ -82,6 +86,7 @@ def image_patches(
     plan: ImagePlan,
     *,
     decode: Literal["reduced", "full"] = "reduced",
+    resample: Literal["bicubic", "bilinear"] = "bicubic",
     keep_truncated: bool = False,
     transform: Transform | None = None,
 ) -> UInt8[Tensor, "kept P"]:
@@ -92,6 +97,7 @@ def image_patches(
         info: What `packer.decode.read_size` returned for this image.
         plan: What to do.
         decode: ``"reduced"`` or ``"full"``, see `packer.decode.decode_rgb`.
+        resample: Kernel of the resize.
         keep_truncated: Keep an image whose end is missing.
         transform: Called on the resized image with a generator seeded by the plan.
 
@@ -111,7 +117,7 @@ def image_patches(
         mode=decode,
         keep_truncated=keep_truncated,
     )
-    pixels = resize_uint8(pixels, height, width)
+    pixels = resize_uint8(pixels, height, width, resample)
     if transform is not None:
         generator = torch.Generator().manual_seed(plan.augment_draw % 2**63)
         pixels = _checked(transform(pixels, generator), pixels, transform)

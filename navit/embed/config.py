@@ -103,6 +103,7 @@ class EmbedConfig:
             max_tokens=budget,
             resize=self.resize or resize,
             decode=self.decode or decode,
+            resample="bilinear" if _is_naflex(vision) else "bicubic",
             max_pixels=self.max_pixels,
             keep_truncated=self.keep_truncated,
         )
@@ -146,6 +147,11 @@ def _defaults(vision: NaViTConfig) -> tuple[int, ResizePolicy, DecodeMode]:
     budget = vision.pos_table_size**2
     if vision.pos_embed != "grid":
         return budget, "shrink_only", "reduced"
-    if vision.pos_interpolation == "antialias":
+    if _is_naflex(vision):
         return budget, "fill_budget", "full"
     return budget, "allow_enlarge", "reduced"
+
+
+def _is_naflex(vision: NaViTConfig) -> bool:
+    """Whether positions are read as SigLIP 2 reads them, whose processor is then matched."""
+    return vision.pos_embed == "grid" and vision.pos_interpolation == "antialias"

@@ -76,7 +76,7 @@ class Embedder:
         return (
             f"{kind}, {self.dim} values an image{scaled}; {self.device}, {precision}; patch "
             f"{packing.patch_size}, at most {packing.image_budget} tokens, {packing.resize}, "
-            f"decode {packing.decode}"
+            f"decode {packing.decode}, {packing.resample}"
         )
 
     def encode(self, batch: PackedBatch) -> Float[Tensor, "N D"]:

@@ -184,6 +184,7 @@ def _decode(index: int, item: Item, packing: PackerConfig) -> PlacedImage:
         image.info,
         image.plan,
         decode=packing.decode,
+        resample=packing.resample,
         keep_truncated=packing.keep_truncated,
     )
     return PlacedImage(image.plan, patches)

@@ -81,7 +81,7 @@ def test_a_run_leaves_everything_it_promises(undisturbed: Path) -> None:
 
     assert {"loss.png", "packing.png", "retrieval.png", "metrics.jsonl", "tensorboard"} <= names
     assert {"result.json", "tokenizer.json", "config.json", "checkpoints"} <= names
-    for said in ("text to image", "padding", "kept tokens/s", "retrieval.png", "no sample"):
+    for said in ("text to image", "padding", "kept tokens/s", "retrieval.png", "images kept"):
         assert said in printed
     result = json.loads((undisturbed / "result.json").read_text())
     assert result["step"] == 30

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from packer.config import PackerConfig
 from packer.decode import read_size
 from packer.errors import SkipSample
+from packer.pack import pack
 from packer.patchify import cut_patches, image_patches, resize_uint8
 from packer.pillow import rgb_pixels
 from packer.plan.drop import ConstantDrop, kept_indices
@@ -70,18 +72,20 @@ def test_sides_that_are_no_multiple_of_the_patch_size_are_refused() -> None:
         cut_patches(torch.zeros(8, 9, 3, dtype=torch.uint8), 4)
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @settings(deadline=None, max_examples=30)
 @given(
     size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
     target=st.tuples(st.integers(1, 60), st.integers(1, 60)),
 )
-def test_resizing_agrees_with_pillows_bicubic(
-    size: tuple[int, int], target: tuple[int, int]
+def test_resizing_agrees_with_pillow(
+    resample: str, size: tuple[int, int], target: tuple[int, int]
 ) -> None:
     # Away from 0 and 255: both clip overshoots between their two passes, each in its own way.
     image = Image.fromarray(np.asarray(smooth(*size)) // 2 + 64)
-    expected = np.asarray(image.resize(target[::-1], Image.Resampling.BICUBIC), dtype=np.int16)
-    resized = resize_uint8(torch.from_numpy(np.array(image)), *target)
+    kernel = Image.Resampling[resample.upper()]
+    expected = np.asarray(image.resize(target[::-1], kernel), dtype=np.int16)
+    resized = resize_uint8(torch.from_numpy(np.array(image)), *target, resample)
     assert resized.is_contiguous()
     assert np.abs(resized.numpy() - expected).max() <= 2
 
@@ -197,3 +201,20 @@ def test_an_image_that_breaks_after_planning_is_a_skip() -> None:
     with pytest.raises(SkipSample, match="decode_error"):
         patches(data[: len(data) // 2], config)
     assert patches(data[: len(data) // 2], config, keep_truncated=True).shape == (4, 768)
+
+
+def test_filling_the_budget_bilinearly_gives_the_patches_of_hugging_faces_processor() -> None:
+    """SigLIP 2's own processor, on Pillow: same grids, pixels within a level of rounding."""
+    processor = Siglip2ImageProcessorPil(patch_size=16, max_num_patches=64)
+    config = PackerConfig(max_tokens=64, resize="fill_budget", decode="full", resample="bilinear")
+    for seed, (height, width) in enumerate([(90, 200), (64, 64), (300, 120), (31, 500)]):
+        image = smooth(height, width, seed)
+        theirs = processor(image, return_tensors="np")
+        rows, cols = theirs["spatial_shapes"][0].tolist()
+
+        [batch] = pack([(image, "a")], config, sequences_per_batch=1)
+
+        assert batch.grid_sizes[0, 0].tolist() == [rows, cols]
+        expected = theirs["pixel_values"][0][: rows * cols] * 127.5 + 127.5
+        found = batch.patches[0, : rows * cols].numpy()
+        assert np.abs(found - expected).max() <= 1.01
