@@ -81,7 +81,7 @@ def _quiet_hub() -> None:
 
 def _trl_tables(lengths: list[int], seq_len: int, *, batch: int | None) -> list[Any]:
     _quiet_hub()
-    _import_torchvision()  # which trl imports through transformers
+    import_torchvision()  # which trl imports through transformers
     pa = import_module("pyarrow")
     size = batch or len(lengths)
     tables = []
@@ -139,7 +139,7 @@ def _pack_vit_pytorch(images: list[Tensor], seq_len: int) -> list[int]:
 
 def preparer(name: str, max_tokens: int) -> Prepare:
     """Return a peer's image path at a token budget: float patches, unpadded."""
-    _import_torchvision()
+    import_torchvision()
     if name == "timm":
         factory = import_module("timm.data.transforms_factory")
         transform = factory.transforms_imagenet_eval(
@@ -167,7 +167,7 @@ def _hf(processor: Callable[..., dict[str, Tensor]], data: bytes) -> Tensor:
 
 
 @cache
-def _import_torchvision() -> object:
+def import_torchvision() -> object:
     """Import torchvision, which its wheel cannot do beside CPU torch without help.
 
     Its compiled operators do not load there, and it describes two of them when it is imported.

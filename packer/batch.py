@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, groupby
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Int64, UInt8
 from torch import Tensor
@@ -74,6 +75,10 @@ class PackedText:
     def pin_memory(self) -> "PackedText":
         """Copy the tensors to page-locked memory."""
         return _map_tensors(self, lambda t: t.pin_memory())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle small tensors by value, see `_reduced`."""
+        return _reduced(self)
 
     def check(self, num_images: int) -> None:
         """Verify the invariants; `AssertionError` names the one that is broken."""
@@ -167,6 +172,10 @@ class PackedBatch:
         """Copy the tensors to page-locked memory (called by `DataLoader(pin_memory=True)`)."""
         return _map_tensors(self, lambda t: t.pin_memory())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle small tensors by value, see `_reduced`."""
+        return _reduced(self)
+
     def check(self) -> None:
         """Verify every invariant stated above; `AssertionError` names the one that is broken."""
         host = self.to("cpu")
@@ -244,3 +253,31 @@ def _map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
         elif isinstance(part, PackedText):
             changes[item.name] = _map_tensors(part, function)
     return replace(value, **changes)
+
+
+_BY_VALUE = 1 << 20  # bytes
+
+
+def _reduced(value: PackedBatch | PackedText) -> tuple[Any, ...]:
+    """Describe a value for pickling, small CPU tensors as arrays.
+
+    A `DataLoader` worker hands every tensor over in shared memory of its own: a file descriptor, a
+    mapping and a round trip each, which cost more than copying anything but the patches.
+    """
+    changed: dict[str, Any] = {}
+    for item in fields(value):
+        part = getattr(value, item.name)
+        small = isinstance(part, Tensor) and part.device.type == "cpu"
+        if small and part.nbytes < _BY_VALUE and not part.is_shared():
+            part = part.numpy()
+        changed[item.name] = part
+    return _rebuild, (type(value), changed)
+
+
+def _rebuild(kind: type[T], parts: dict[str, Any]) -> T:
+    return kind(
+        **{
+            name: torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+            for name, part in parts.items()
+        }
+    )

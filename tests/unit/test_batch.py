@@ -1,7 +1,9 @@
+import pickle
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -222,3 +224,15 @@ def test_counts_add_up_in_any_grouping(a: BatchStats, b: BatchStats, c: BatchSta
 def test_padding_is_the_share_of_empty_places() -> None:
     assert BatchStats().padding == 0
     assert BatchStats(tokens=3, places=4).padding == 0.25
+
+
+def test_a_pickled_batch_is_the_same_and_holds_small_tensors_by_value() -> None:
+    batch = make()
+    large = torch.zeros(*batch.patches.shape[:2], 1 << 14, dtype=torch.uint8)
+
+    assert_same(batch, pickle.loads(pickle.dumps(batch)))
+    rebuild, (_, parts) = replace(batch, patches=large).__reduce__()
+
+    assert parts["patches"] is large, "in a worker it goes through shared memory"
+    assert isinstance(parts["segment_ids"], np.ndarray)
+    assert torch.equal(rebuild(PackedBatch, parts).segment_ids, batch.segment_ids)
