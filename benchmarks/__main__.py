@@ -15,10 +15,11 @@ from benchmarks import (
     bench_model,
     bench_place,
     bench_scale,
+    bench_towers,
 )
 from benchmarks.harness import Paired, environment, store
 
-Name = Literal["place", "scale", "image_path", "loader", "loss", "model"]
+Name = Literal["place", "scale", "image_path", "loader", "loss", "towers", "model"]
 Rows = list[dict[str, Any]]
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,6 +46,9 @@ BENCHMARKS: dict[Name, Benchmark] = {
     ),
     "loader": Benchmark(bench_loader.run, "tar shards to batches", prints=True, reads_photos=True),
     "loss": Benchmark(bench_loss.run, "tiled contrastive loss against dense", prints=True),
+    "towers": Benchmark(
+        bench_towers.run, "a packed tower against padded and nested ones", prints=True
+    ),
     "model": Benchmark(bench_model.run, "packed images against a dense batch"),
 }
 

@@ -69,7 +69,7 @@ def _measure(
 ) -> dict[str, Any]:
     ours = _step(*packed_tower(config, images), dtype, backward=backward)
     theirs = _step(*TOWERS[name](config, images), dtype, backward=backward)
-    timed = paired_ratio(theirs, ours, pairs=2 if quick else 5)
+    timed = paired_ratio(theirs, ours, pairs=2 if quick else 4)
     row: dict[str, Any] = {
         "peer": name,
         "what": ("forward + backward" if backward else "forward") + f", {_name(dtype)}",
@@ -146,6 +146,7 @@ def packed_tower(config: NaViTConfig, images: list[RandomImage]) -> tuple[nn.Mod
 def _vit_pytorch(
     config: NaViTConfig, images: list[RandomImage], *, nested: bool
 ) -> tuple[nn.Module, Forward]:
+    peers.import_torchvision()
     module = import_module("vit_pytorch.na_vit_nested_tensor" if nested else "vit_pytorch.na_vit")
     model = module.NaViT(
         image_size=256,

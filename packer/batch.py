@@ -275,9 +275,8 @@ def _reduced(value: PackedBatch | PackedText) -> tuple[Any, ...]:
 
 
 def _rebuild(kind: type[T], parts: dict[str, Any]) -> T:
-    return kind(
-        **{
-            name: torch.from_numpy(part) if isinstance(part, np.ndarray) else part
-            for name, part in parts.items()
-        }
-    )
+    whole: dict[str, Any] = {
+        name: torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+        for name, part in parts.items()
+    }
+    return kind(**whole)
