@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import paired_ratio
@@ -57,13 +57,13 @@ def _measure(dtype: torch.dtype, attention: str, *, backward: bool, quick: bool)
         return dense_forward(model, patches, positions, grids, attention)
 
     timed = paired_ratio(
-        _step(model, packed, dtype, backward=backward),
-        _step(model, dense, dtype, backward=backward),
+        training_step(model, packed, dtype, backward=backward),
+        training_step(model, dense, dtype, backward=backward),
         pairs=2 if quick else 8,
     )
     return {
         "what": ("forward + backward" if backward else "forward")
-        + f", {_name(dtype)}, dense {attention}",
+        + f", {dtype_name(dtype)}, dense {attention}",
         "tokens": tokens,
         "dense_tokens": dense_tokens,
         "packed_tokens_per_s": tokens / timed.seconds_a,
@@ -72,9 +72,11 @@ def _measure(dtype: torch.dtype, attention: str, *, backward: bool, quick: bool)
     }
 
 
-def _step(
-    model: NaViT, forward: Callable[[], Tensor], dtype: torch.dtype, *, backward: bool
+def training_step(
+    model: nn.Module, forward: Callable[[], Tensor], dtype: torch.dtype, *, backward: bool
 ) -> Callable[[], None]:
+    """Make what is timed: a forward pass and, with ``backward``, its gradients."""
+
     def step() -> None:
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
         with torch.set_grad_enabled(backward), autocast:
@@ -137,7 +139,8 @@ def _dense_attention(layer: Any, x: Tensor, attention: str) -> Tensor:
     return layer.proj(out.transpose(1, 2).flatten(2))
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a type as in a table."""
     return str(dtype).removeprefix("torch.")
 
 

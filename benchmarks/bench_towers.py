@@ -10,7 +10,6 @@ pixels in the form it takes, made beforehand.
 import multiprocessing
 import resource
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import peers
+from benchmarks.bench_model import dtype_name, training_step
 from benchmarks.harness import paired_ratio
 from navit.model import NaViT, NaViTConfig
 from tests.helpers.batches import RandomImage, pack_images, random_image
@@ -67,12 +67,12 @@ def _measure(
     backward: bool,
     quick: bool,
 ) -> dict[str, Any]:
-    ours = _step(*packed_tower(config, images), dtype, backward=backward)
-    theirs = _step(*TOWERS[name](config, images), dtype, backward=backward)
+    ours = training_step(*packed_tower(config, images), dtype, backward=backward)
+    theirs = training_step(*TOWERS[name](config, images), dtype, backward=backward)
     timed = paired_ratio(theirs, ours, pairs=2 if quick else 4)
     row: dict[str, Any] = {
         "peer": name,
-        "what": ("forward + backward" if backward else "forward") + f", {_name(dtype)}",
+        "what": ("forward + backward" if backward else "forward") + f", {dtype_name(dtype)}",
         "times_their_speed": timed,
         "our_tokens_per_s": sum(len(image.patches) for image in images) / timed.seconds_b,
     }
@@ -84,25 +84,11 @@ def _measure(
 
 def _alone(config: NaViTConfig, images: list[RandomImage], *, quick: bool) -> dict[str, Any]:
     """Time ours against itself, where no peer is installed."""
-    step = _step(*packed_tower(config, images), torch.float32, backward=True)
+    step = training_step(*packed_tower(config, images), torch.float32, backward=True)
     timed = paired_ratio(step, step, pairs=2 if quick else 4)
     speed = sum(len(image.patches) for image in images) / timed.seconds_b
     print(f"ours alone           forward + backward, float32      {speed:,.0f} tokens/s")
     return {"peer": "none installed", "our_tokens_per_s": speed, "time": timed}
-
-
-def _step(
-    model: nn.Module, forward: Forward, dtype: torch.dtype, *, backward: bool
-) -> Callable[[], None]:
-    def step() -> None:
-        autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
-        with torch.set_grad_enabled(backward), autocast:
-            loss = forward().float().square().sum()
-        if backward:
-            model.zero_grad()
-            loss.backward()
-
-    return step
 
 
 def _peak_mib(step: Callable[[], None]) -> float:
@@ -235,10 +221,6 @@ def _pixels(image: RandomImage) -> Tensor:
     side = PATCH_SIZE
     cut = image.patches.view(rows, cols, side, side, 3).permute(4, 0, 2, 1, 3)
     return (cut.reshape(3, rows * side, cols * side).float() - 127.5) / 127.5
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":
