@@ -1,5 +1,6 @@
 """`ImageFolder`: labelled images in one folder a class, as a map-style data set of known sizes."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from tqdm import tqdm
 from packer.decode import read_size
 from packer.errors import SkipSample
 from packer.shards import IMAGE_EXTENSIONS
+
+logger = logging.getLogger("packer")
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,10 @@ class ImageFolder:
                 info = read_size((self.root / path).read_bytes(), max_pixels=max_pixels)
             except SkipSample as error:
                 skipped[error.cause] += 1
-            except OSError:
+                logger.warning("skipped %s: %s: %s", path, error.cause, error.detail)
+            except OSError as error:
                 skipped["missing_image"] += 1
+                logger.warning("skipped %s: missing_image: %s", path, error)
             else:
                 kept.append((path, label))
                 sizes.append((info.size.height, info.size.width))

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,8 +88,7 @@ class FolderData:
         usable, sizes, skipped = folder.with_sizes(
             max_pixels=config.packer.max_pixels, progress=progress
         )
-        self.refused = BatchStats(samples_read=sum(skipped.values()), skipped=skipped)
-        """Files left out of the data set; counted once in a run."""
+        self._refused = BatchStats(samples_read=sum(skipped.values()), skipped=skipped)
         self.dataset = PackedDataset(
             usable,
             sizes,
@@ -107,13 +107,17 @@ class FolderData:
             self.epoch, self.index = stored["epoch"], stored["index"]
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield batches from the present position on, epoch after epoch."""
+        """Yield batches from the present position on, epoch after epoch.
+
+        Files left out because of their headers are counted in the first batch of the run.
+        """
         while True:
             self.dataset.set_epoch(self.epoch)
             places = range(self.index, self.dataset.used_batches)
-            yield from DataLoader(
-                self.dataset, sampler=places, **_loading(self.config, self.device)
-            )
+            loader = DataLoader(self.dataset, sampler=places, **_loading(self.config, self.device))
+            for place, batch in zip(places, loader, strict=True):
+                is_first = self.epoch == place == 0
+                yield replace(batch, stats=batch.stats + self._refused) if is_first else batch
             self.epoch, self.index = self.epoch + 1, 0
 
     def update(self, batch: PackedBatch) -> None:
