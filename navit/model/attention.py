@@ -16,9 +16,9 @@ whole encoder runs in that order on (T, D) tensors and only what leaves it is pu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,17 @@ class AttentionPlan:
     def group_tokens(self) -> list[int]:
         """Tokens of each group: the sizes to split the tokens into."""
         return [group.num_tokens for group in self.groups]
+
+    def parts(self, max_tokens: int) -> list["AttentionPlan"]:
+        """Cut the plan into plans of at most ``max_tokens`` tokens, or one longer segment."""
+        cuts, tokens = [0], 0
+        for index, length in enumerate(self.lengths):
+            if tokens and tokens + length > max_tokens:
+                cuts.append(index)
+                tokens = 0
+            tokens += length
+        bounds = pairwise([*cuts, len(self.lengths)])
+        return [replace(self, lengths=self.lengths[start:stop]) for start, stop in bounds]
 
     @cached_property
     def segment_index(self) -> Int64[Tensor, " T"]:

@@ -3,10 +3,10 @@
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from navit.model.attention import compute_dtype
 from navit.model.config import PerChannel
+from navit.model.linear import linear
 
 HALVES: PerChannel = (0.5, 0.5, 0.5)
 
@@ -49,8 +49,8 @@ class PatchEmbed(nn.Module):
         dtype = compute_dtype(patches.device, weight.dtype)
         centred = patches.to(dtype).sub_(127.5)
         if (self.mean, self.std) == (HALVES, HALVES):
-            return F.linear(centred, weight * (1 / 127.5), self.proj.bias)
-        return F.linear(centred, *self._folded())
+            return linear(centred, weight * (1 / 127.5), self.proj.bias)
+        return linear(centred, *self._folded())
 
     def _folded(self) -> tuple[Float[Tensor, "D P"], Float[Tensor, " D"]]:
         """Return weight and bias for pixels minus 127.5."""
