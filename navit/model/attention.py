@@ -18,38 +18,18 @@ whole encoder runs in that order on (T, D) tensors and only what leaves it is pu
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
-from torch.nn import functional as F
+from torch.compiler import is_compiling
 
+from navit.model import operators
 from navit.model.config import AttentionBackend
-
-MAX_MATMUL_LENGTH = 1024
-"""Longest segment, in tokens, for which half precision on the CPU keeps its attention matrix.
-
-Matmul, softmax, matmul takes a third of the time of torch's fused kernel there, forward and
-backward, on 32 images of 36 to 256 tokens and a sixth on 256 segments of 40; in float32 the two
-are equal. Longer segments use the fused kernel for its memory.
-"""
-
-
-@dataclass(frozen=True)
-class SegmentGroup:
-    """Neighbouring segments of equal length: tokens start .. start + count * length."""
-
-    start: int
-    count: int
-    length: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the group."""
-        return self.count * self.length
+from navit.model.segments import Groups, attend_segments, group_segments
 
 
 @dataclass(frozen=True)
@@ -83,19 +63,35 @@ class AttentionPlan:
         return sum(self.lengths)
 
     @cached_property
-    def groups(self) -> tuple[SegmentGroup, ...]:
+    def groups(self) -> Groups:
         """Runs of equal lengths; in a sorted plan one for each distinct length."""
-        groups: list[SegmentGroup] = []
-        start = 0
-        for length, run in groupby(self.lengths):
-            groups.append(SegmentGroup(start, len(list(run)), length))
-            start += groups[-1].num_tokens
-        return tuple(groups)
+        return group_segments(self.lengths)
+
+    def make_tensors(self) -> None:
+        """Make what a compiled graph reads, so that making it is not part of the graph."""
+        for name in ("host_lengths", "segment_sizes", "segment_index", "cu_seqlens", "longest"):
+            getattr(self, name)
 
     @cached_property
-    def group_tokens(self) -> list[int]:
-        """Tokens of each group: the sizes to split the tokens into."""
-        return [group.num_tokens for group in self.groups]
+    def host_lengths(self) -> Int64[Tensor, " N"]:
+        """The lengths as a tensor, on the host whatever the device."""
+        return torch.tensor(self.lengths, dtype=torch.int64)
+
+    @cached_property
+    def segment_sizes(self) -> Int64[Tensor, " N"]:
+        """The lengths, on the plan's device."""
+        return to_device(np.asarray(self.lengths, dtype=np.int64), self.device)
+
+    @cached_property
+    def longest(self) -> int:
+        """Length of the longest segment, in tokens."""
+        return max(self.lengths, default=0)
+
+    @property
+    def num_segments(self) -> int:
+        """N."""
+        # A compiled graph knows the lengths only as tensors: it serves batches of any lengths.
+        return self.host_lengths.shape[0] if is_compiling() else len(self.lengths)
 
     def parts(self, max_tokens: int) -> list["AttentionPlan"]:
         """Cut the plan into plans of at most ``max_tokens`` tokens, or one longer segment."""
@@ -183,9 +179,10 @@ def block_diagonal_attention(
 
     Source: NaViT (arXiv:2307.06304), section 2.1 "Masked self attention and masked pooling".
     """
-    assert q.shape[0] == plan.num_tokens, "the plan must cover the tokens"
-    if not plan.lengths:
-        return q + k + v  # (0, H, Dh), connected to all three so that backward gives zeros
+    if not is_compiling():  # where there is at least one segment
+        assert q.shape[0] == plan.num_tokens, "the plan must cover the tokens"
+        if not plan.lengths:
+            return q + k + v  # (0, H, Dh), connected to all three so that backward gives zeros
     if plan.backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
@@ -195,19 +192,16 @@ def block_diagonal_attention(
         return out[0]
     if plan.backend == "varlen":
         return _attend_varlen(q, k, v, plan)
-    # One split and one concatenation: their backward moves each gradient once, where a slice per
-    # group would fill a whole (T, H, Dh) tensor with zeros for each group.
-    parts = zip(
-        plan.groups, *(x.split_with_sizes(plan.group_tokens) for x in (q, k, v)), strict=True
-    )
-    return torch.cat([_attend_equal(*part, causal=plan.causal) for part in parts])
+    if is_compiling():
+        traced: Tensor = operators.attend(q, k, v, plan.host_lengths, plan.causal)
+        return traced
+    return attend_segments(q, k, v, plan.groups, causal=plan.causal)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Attend by torch's variable-length kernel, which walks over the segments itself."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(plan.lengths)
     window = (-1, 0) if plan.causal else (-1, -1)
     bounds = plan.cu_seqlens
     # The kernel wants heads contiguous; q, k and v are views of one product.
@@ -217,27 +211,9 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tens
         v.contiguous(),
         bounds,
         bounds,
-        longest,
-        longest,
+        plan.longest,
+        plan.longest,
         window_size=window,
     )
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out
-
-
-def _attend_equal(
-    group: SegmentGroup, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False
-) -> Tensor:
-    """Attend within segments of one length; all tensors are (count * length, H, Dh)."""
-    shape = (group.count, group.length, *q.shape[1:])
-    q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type == "cpu" and half and group.length <= MAX_MATMUL_LENGTH:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if causal:
-            later = torch.ones(group.length, group.length, dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(later, -torch.inf)
-        out: Tensor = scores.softmax(dim=-1) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return out.transpose(1, 2).flatten(0, 1)

@@ -16,7 +16,12 @@ VARLEN_MIN_CAPABILITY = (8, 0)
 
 
 def resolve_backend(
-    backend: AttentionBackend, *, device: torch.device, dtype: torch.dtype, head_dim: int
+    backend: AttentionBackend,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    compiled: bool = False,
 ) -> AttentionBackend:
     """Choose what runs the attention: on CUDA xformers, else varlen, where they can; "segments".
 
@@ -25,6 +30,7 @@ def resolve_backend(
         device: Where the tokens are.
         dtype: Type the attention is computed in (under autocast, autocast's).
         head_dim: Size of one head.
+        compiled: Whether the model is compiled: "auto" then leaves out xformers.
 
     Raises:
         ValueError: If a backend is asked for where it cannot run.
@@ -33,7 +39,8 @@ def resolve_backend(
     if backend == "segments":
         return backend
     if backend == "auto":
-        able = [name for name, runs in _RUNS.items() if runs(device, dtype, head_dim)]
+        names = [name for name in _RUNS if not (compiled and name == "xformers")]
+        able = [name for name in names if _RUNS[name](device, dtype, head_dim)]
         return next((name for name in able if _is_installed(name, device)), "segments")
     if not _RUNS[backend](device, dtype, head_dim):
         raise ValueError(

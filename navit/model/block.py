@@ -96,7 +96,7 @@ class Branch(nn.Module):
             x = x * self.scale
         if not self.training or not self.drop_rate:
             return x
-        keep = torch.rand(len(plan.lengths), device=x.device) >= self.drop_rate
+        keep = torch.rand(plan.num_segments, device=x.device) >= self.drop_rate
         factor = keep.to(x.dtype) / (1 - self.drop_rate)
         return x * factor.index_select(0, plan.segment_index)[:, None]
 
@@ -149,7 +149,8 @@ def run_blocks(
         plan: The segments.
         checkpointing: Keep only the tokens between blocks and run each again in the backward pass.
     """
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and not blocks.training:
+    in_parts = x.device.type == "cpu" and not torch.is_grad_enabled() and not blocks.training
+    if in_parts and not torch.compiler.is_compiling():
         plans = plan.parts(CPU_TOKENS)
         parts = x.split_with_sizes([part.num_tokens for part in plans])
         return torch.cat(

@@ -56,6 +56,10 @@ class Classifier(PretrainedModel[ClassifierConfig]):
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, config.init_head_bias)
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the tower, as `NaViT.compile` says."""
+        self.vision.compile(*args, **options)
+
     def forward(self, batch: PackedBatch) -> Float[Tensor, "N C"]:
         """Return the logits of each image, in the order of the batch's keys."""
         logits: Tensor = self.head(self.vision(batch).pooled)

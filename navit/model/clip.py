@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,11 @@ class CLIP(PretrainedModel[CLIPConfig]):
         if self.config.max_logit_scale is not None:
             self.log_logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile both towers, as `NaViT.compile` says."""
+        self.vision.compile(*args, **options)
+        self.text.compile(*args, **options)
+
     def encode_image(self, batch: PackedBatch, *, normalize: bool = False) -> Float[Tensor, "N E"]:
         """Embed the images of a batch, in the order of its keys.
 
@@ -113,7 +119,8 @@ class CLIP(PretrainedModel[CLIPConfig]):
             image=self.encode_image(batch, normalize=True),
             text=self.encode_text(batch, normalize=True),
             logit_scale=self.logit_scale,
-            logit_bias=self.logit_bias,
+            # Not the parameter itself: FSDP2 hooks what a forward pass returns, at every pass.
+            logit_bias=None if self.logit_bias is None else self.logit_bias.clone(),
         )
 
 

@@ -165,6 +165,11 @@ class NaViTConfig(TransformerConfig):
     """Whether the last norm is applied to the pooled vector and not to each token, so that tokens
     leave the model without it (timm's ``fc_norm``, CLIP in Hugging Face)."""
 
+    @property
+    def num_prefix(self) -> int:
+        """R: tokens added before each image's own, the class token and the registers."""
+        return self.num_registers + (self.pool == "cls")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "patch_size", "pos_table_size")

@@ -16,13 +16,10 @@ from torch.nn import functional as F
 Gelu = Literal["none", "tanh"]
 """`torch.nn.GELU`'s ``approximate``."""
 
-try:
-    # What inductor compiles a linear layer to, since torch 2.0; there is no public name for it.
-    _pointwise: Any = (
-        torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
-    )
-except AttributeError:
-    _pointwise = None
+# What inductor makes of a linear layer, since torch 2.0; there is no public name for it.
+_pointwise: Any = None
+if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    _pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Linear(nn.Linear):

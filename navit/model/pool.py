@@ -6,23 +6,25 @@ Source: NaViT (arXiv:2307.06304), section 2.1 "Masked self attention and masked 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from navit.model import operators
 from navit.model.attention import AttentionPlan
 from navit.model.block import Mlp, make_norm
 from navit.model.config import TransformerConfig
+from navit.model.segments import at_least_float32, pool_segments, split_groups
 
 
 def segment_mean(x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
     """Average the tokens of each segment, summing in float32 or better."""
+    if is_compiling():
+        sums = x.new_zeros(plan.num_segments, x.shape[1], dtype=at_least_float32(x.dtype))
+        sums = sums.index_add(0, plan.segment_index, x.to(sums.dtype))
+        return (sums / plan.segment_sizes[:, None]).to(x.dtype)
     if not plan.lengths:
         return x
-    parts = x.split_with_sizes(plan.group_tokens)
-    means = [
-        part.view(group.count, group.length, -1).mean(1)
-        for group, part in zip(plan.groups, parts, strict=True)
-    ]
-    return torch.cat(means)
+    return torch.cat([part.mean(1) for part in split_groups(x, plan.groups)])
 
 
 class MeanPool(nn.Module):
@@ -38,10 +40,7 @@ class LastPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
         """Pool each segment."""
-        if not plan.lengths:
-            return x
-        parts = zip(plan.groups, x.split_with_sizes(plan.group_tokens), strict=True)
-        return torch.cat([part.view(group.count, group.length, -1)[:, -1] for group, part in parts])
+        return x.index_select(0, plan.cu_seqlens[1:] - 1)
 
 
 class AttentionPool(nn.Module):
@@ -98,19 +97,12 @@ class AttentionPool(nn.Module):
 
     def _attend(self, x: Tensor, scores: Tensor, plan: AttentionPlan) -> Float[Tensor, "N H D"]:
         """Average each segment's tokens, by head, with the softmax of its scores."""
+        if is_compiling():
+            traced: Tensor = operators.pool(scores, x, plan.host_lengths)
+            return traced
         if not plan.lengths:
             return scores[:, :, None] * x[:, None, :]
-        heads = []
-        parts = zip(*(y.split_with_sizes(plan.group_tokens) for y in (scores, x)), strict=True)
-        for (s, tokens), group in zip(parts, plan.groups, strict=True):
-            by_segment = s.view(group.count, group.length, -1).transpose(1, 2)
-            weights = torch.softmax(by_segment, dim=2, dtype=_at_least_float32(x.dtype)).to(x.dtype)
-            heads.append(weights @ tokens.view(group.count, group.length, -1))
-        return torch.cat(heads)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+        return pool_segments(scores, x, plan.groups)
 
 
 def make_pool(config: TransformerConfig) -> nn.Module:

@@ -1,13 +1,41 @@
 """Tokens that are added to every image's own: a class token and registers, in packed form."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from navit.model.attention import AttentionPlan
+from navit.model.attention import AttentionPlan, to_device
 from navit.model.config import NaViTConfig
+
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """N segments of R added tokens and their own T patch tokens, together S = N R + T."""
+
+    attention: AttentionPlan
+    """The longer segments."""
+    source: Int64[Tensor, " S"]
+    """Where each token comes from: added ones first (N R of them), then the patches' (T)."""
+    added: Int64[Tensor, " NR"]
+    """Place of each added token among the S."""
+    patches: Int64[Tensor, " T"]
+    """Place of each patch token among the S."""
+
+
+def plan_prefix(plan: AttentionPlan, count: int) -> PrefixPlan:
+    """Make room for ``count`` tokens before each segment's own, on the host."""
+    lengths = np.asarray(plan.lengths, dtype=np.int64)
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    patches = np.arange(len(segment)) + (segment + 1) * count
+    starts = np.cumsum(lengths) - lengths + np.arange(len(lengths)) * count
+    added = (starts[:, None] + np.arange(count)).reshape(-1)
+    source = np.empty(len(patches) + len(added), dtype=np.int64)
+    source[np.concatenate([added, patches])] = np.arange(len(source))
+    longer = replace(plan, lengths=tuple((lengths + count).tolist()))
+    return PrefixPlan(longer, *(to_device(x, plan.device) for x in (source, added, patches)))
 
 
 class PrefixTokens(nn.Module):
@@ -19,38 +47,20 @@ class PrefixTokens(nn.Module):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
-        self.count = config.num_registers + (config.pool == "cls")
+        self.count = config.num_prefix
         if self.count:
             # One parameter, the class token first: (R, D).
             self.tokens = nn.Parameter(torch.randn(self.count, config.width) * config.width**-0.5)
 
-    def plan(self, plan: AttentionPlan) -> AttentionPlan:
-        """Return the plan of the longer segments."""
-        return replace(plan, lengths=tuple(length + self.count for length in plan.lengths))
-
-    def add(self, x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T_plus D"]:
-        """Put the tokens before each segment's own; ``plan`` is that of the T patch tokens."""
-        tokens = self.tokens.to(x.dtype)
-        if not plan.lengths:
-            return x + 0 * tokens.sum()  # connected, so that backward gives zeros
-        return torch.cat(
-            [
-                torch.cat([tokens.expand(len(part), -1, -1), part], 1).flatten(0, 1)
-                for part in _by_group(x, plan)
-            ]
-        )
+    def add(self, x: Float[Tensor, "T D"], plan: PrefixPlan) -> Float[Tensor, "S D"]:
+        """Put the tokens before each segment's own."""
+        repeats = plan.added.shape[0] // self.count
+        both = torch.cat([self.tokens.to(x.dtype).repeat(repeats, 1), x])
+        return both.index_select(0, plan.source)
 
     def split(
-        self, x: Float[Tensor, "T_plus D"], plan: AttentionPlan
+        self, x: Float[Tensor, "S D"], plan: PrefixPlan
     ) -> tuple[Float[Tensor, "N R D"], Float[Tensor, "T D"]]:
         """Take the added tokens off again: (those of each segment, the T patch tokens)."""
-        if not plan.lengths:
-            return x.view(0, self.count, x.shape[1]), x
-        parts = _by_group(x, self.plan(plan))
-        prefix = torch.cat([part[:, : self.count] for part in parts])
-        return prefix, torch.cat([part[:, self.count :].flatten(0, 1) for part in parts])
-
-
-def _by_group(x: Tensor, plan: AttentionPlan) -> list[Float[Tensor, "count length D"]]:
-    parts = zip(plan.groups, x.split_with_sizes(plan.group_tokens), strict=True)
-    return [part.view(group.count, group.length, -1) for group, part in parts]
+        added = x.index_select(0, plan.added).view(-1, self.count, x.shape[1])
+        return added, x.index_select(0, plan.patches)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from navit.model.attention import (
@@ -14,12 +14,13 @@ from navit.model.attention import (
 )
 from navit.model.backends import resolve_backend
 from navit.model.block import make_blocks, make_norm, run_blocks
+from navit.model.compile import CompiledTower
 from navit.model.config import TextConfig
 from navit.model.pool import make_pool
 from packer.batch import PackedText
 
 
-class TextTower(nn.Module):
+class TextTower(CompiledTower):
     """Token and absolute position embeddings, the image tower's blocks, its pooling.
 
     By default attention is bidirectional within a caption, as in SigLIP: pooling reads all tokens,
@@ -64,14 +65,27 @@ class TextTower(nn.Module):
             device=device,
             dtype=compute_dtype(device, self.norm.weight.dtype),
             head_dim=self.config.head_dim,
+            compiled=self.is_compiled,
         )
         lengths, order, tokens = order_by_length(text.segment_lengths)
         plan = AttentionPlan(lengths, device, backend, causal=self.config.causal)
-        x = self.token_embed(text.ids.index_select(0, to_device(tokens, device)))
-        x = x + self.pos_embed(to_device(_positions(lengths), device))
+        ids = text.ids.index_select(0, to_device(tokens, device))
+        places = (to_device(x, device) for x in (_positions(lengths), np.argsort(order)))
+        vectors: Tensor = self.graph(plan)(ids, *places, plan)
+        return vectors
+
+    def encode(
+        self,
+        ids: Int64[Tensor, " T"],
+        positions: Int64[Tensor, " T"],
+        caption_place: Int64[Tensor, " M"],
+        plan: AttentionPlan,
+    ) -> Float[Tensor, "M D"]:
+        """Turn tokens into a vector for each caption: all that runs on the device."""
+        x = self.token_embed(ids) + self.pos_embed(positions)
         x = run_blocks(self.blocks, x, plan, self.config.checkpointing)
         pooled: Tensor = self.pool(self.norm(x), plan)
-        return pooled.index_select(0, to_device(np.argsort(order), device))
+        return pooled.index_select(0, caption_place)
 
 
 def _pad(text: PackedText, length: int, pad_id: int) -> PackedText:

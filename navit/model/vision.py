@@ -8,7 +8,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int32, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,11 +20,12 @@ from navit.model.attention import (
 )
 from navit.model.backends import resolve_backend
 from navit.model.block import make_blocks, make_norm, run_blocks
+from navit.model.compile import CompiledTower
 from navit.model.config import ModelConfig, NaViTConfig
 from navit.model.patch_embed import PatchEmbed
 from navit.model.pool import make_pool
 from navit.model.pos_embed import make_pos_embed
-from navit.model.prefix import PrefixTokens
+from navit.model.prefix import PrefixPlan, PrefixTokens, plan_prefix
 from packer.batch import PackedBatch
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -94,15 +95,20 @@ class TokenPlan:
     """Place of each token among the B * L flattened places."""
     image_place: Int64[Tensor, " N"]
     """Which of the sorted segments is the i-th image."""
+    prefix: PrefixPlan | None = None
+    """Where class token and registers go; None without them."""
 
 
-def plan_tokens(batch: PackedBatch, config: NaViTConfig, *, dtype: torch.dtype) -> TokenPlan:
+def plan_tokens(
+    batch: PackedBatch, config: NaViTConfig, *, dtype: torch.dtype, compiled: bool = False
+) -> TokenPlan:
     """Plan a forward pass: drop the padding, sort the images by length.
 
     Args:
         batch: The packed images.
         config: Names the attention backend and the head size.
         dtype: Type of the model's weights; autocast's type counts where it is on.
+        compiled: Whether a compiled model asks.
     """
     device = batch.patches.device
     images = np.asarray(batch.segment_images, dtype=np.int64)
@@ -112,11 +118,14 @@ def plan_tokens(batch: PackedBatch, config: NaViTConfig, *, dtype: torch.dtype) 
         device=device,
         dtype=compute_dtype(device, dtype),
         head_dim=config.head_dim,
+        compiled=compiled,
     )
+    plan = AttentionPlan(lengths, device, backend)
     return TokenPlan(
-        attention=AttentionPlan(lengths, device, backend),
+        attention=plan,
         token_index=to_device(tokens, device),
         image_place=to_device(np.argsort(images[order]), device),
+        prefix=plan_prefix(plan, config.num_prefix) if config.num_prefix else None,
     )
 
 
@@ -129,15 +138,6 @@ def gather_positions(
     segment = batch.segment_ids.flatten().index_select(0, index)
     slot = index // max(batch.seq_len, 1) * slots + segment - 1
     return positions, batch.grid_sizes.flatten(0, 1).index_select(0, slot)
-
-
-class Encoded(NamedTuple):
-    """Tokens after the last norm (before it with `norm_after_pool`), in the plan's order."""
-
-    prefix: Float[Tensor, "N R D"] | None
-    """Class token and registers of each segment; None where there are none."""
-    tokens: Float[Tensor, "T D"]
-    """The patches' tokens."""
 
 
 class ImageTokens(NamedTuple):
@@ -206,7 +206,7 @@ class NaViTOutput:
         return self.packed_tokens.shape[1]
 
 
-class NaViT(PretrainedModel[NaViTConfig]):
+class NaViT(CompiledTower, PretrainedModel[NaViTConfig]):
     """The vision transformer of NaViT: native-resolution images, packed into sequences.
 
     An image gives the same vector, and the same gradients, packed with any others or alone.
@@ -241,34 +241,44 @@ class NaViT(PretrainedModel[NaViTConfig]):
                 asked for cannot run here.
         """
         self.patch_embed.check_patch_size(batch.patch_size)
-        plan = plan_tokens(batch, self.config, dtype=self.norm.weight.dtype)
+        dtype = self.norm.weight.dtype
+        plan = plan_tokens(batch, self.config, dtype=dtype, compiled=self.is_compiled)
         positions, grids = gather_positions(batch, plan)
         patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
-        x = self.encode(self.patch_embed(patches) + self.pos_embed(positions, grids), plan)
+        longer = plan.attention if plan.prefix is None else plan.prefix.attention
+        encode = self.graph(plan.attention, longer)
+        pooled, tokens = encode(patches, positions, grids, plan)
         return NaViTOutput(
-            pooled=self.pooled(x, plan.attention).index_select(0, plan.image_place),
-            packed_tokens=x.tokens,
+            pooled=pooled,
+            packed_tokens=tokens,
             plan=plan,
             shape=(batch.segment_ids.shape[0], batch.seq_len),
             packed_positions=positions,
             packed_grids=grids,
         )
 
-    def encode(self, x: Float[Tensor, "T D"], plan: TokenPlan) -> "Encoded":
-        """Run blocks and last norm on embedded tokens, with the class token and the registers."""
-        segments, has_prefix = plan.attention, self.prefix.count > 0
-        longer = self.prefix.plan(segments) if has_prefix else segments
-        x = self.pre_norm(self.prefix.add(x, segments) if has_prefix else x)
-        x = run_blocks(self.blocks, x, longer, self.config.checkpointing)
+    def encode(
+        self,
+        patches: UInt8[Tensor, "T P"],
+        positions: Int32[Tensor, "T 2"],
+        grids: Int32[Tensor, "T 2"],
+        plan: TokenPlan,
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "T D"]]:
+        """Turn patches into (a vector for each image, its tokens): all that runs on the device."""
+        x = self.patch_embed(patches) + self.pos_embed(positions, grids)
+        attention, prefix = plan.attention, None
+        if plan.prefix is not None:
+            attention, x = plan.prefix.attention, self.prefix.add(x, plan.prefix)
+        x = run_blocks(self.blocks, self.pre_norm(x), attention, self.config.checkpointing)
         if not self.config.norm_after_pool:
             x = self.norm(x)
-        return Encoded(*self.prefix.split(x, segments)) if has_prefix else Encoded(None, x)
-
-    def pooled(self, x: "Encoded", plan: AttentionPlan) -> Float[Tensor, "N D"]:
-        """Return one vector for each segment of the plan."""
+        if plan.prefix is not None:
+            prefix, x = self.prefix.split(x, plan.prefix)
         if self.pool is None:
-            assert x.prefix is not None, "pool 'cls' adds a class token"
-            vectors: Tensor = x.prefix[:, 0]
+            assert prefix is not None, "pool 'cls' adds a class token"
+            vectors: Tensor = prefix[:, 0]
         else:
-            vectors = self.pool(x.tokens, plan)
-        return self.norm(vectors) if self.config.norm_after_pool else vectors
+            vectors = self.pool(x, plan.attention)
+        if self.config.norm_after_pool:
+            vectors = self.norm(vectors)
+        return vectors.index_select(0, plan.image_place), x

@@ -101,7 +101,7 @@ def test_a_sorted_plan_names_each_kept_token_once(segments: list[tuple[int, bool
     assert tokens.tolist() == [token for segment in expected for token in segment]
     plan = AttentionPlan(ordered, CPU)
     assert len(plan.groups) == len(set(ordered))
-    assert sum(plan.group_tokens) == plan.num_tokens == len(tokens)
+    assert sum(group.num_tokens for group in plan.groups) == plan.num_tokens == len(tokens)
     assert plan.segment_index.tolist() == [i for i, n in enumerate(ordered) for _ in range(n)]
 
 
@@ -236,3 +236,13 @@ def test_a_plan_refuses_empty_segments_and_unresolved_backends() -> None:
         AttentionPlan((3, 0), CPU)
     with pytest.raises(ValueError, match="resolve_backend"):
         AttentionPlan((3,), CPU, "auto")
+
+
+@given(lengths=LENGTHS, most=st.integers(1, 30))
+def test_parts_of_a_plan_hold_its_segments_within_the_limit(lengths: list[int], most: int) -> None:
+    parts = AttentionPlan(tuple(lengths), CPU, causal=True).parts(most)
+    assert [n for part in parts for n in part.lengths] == lengths
+    assert all(part.num_tokens <= most or len(part.lengths) == 1 for part in parts)
+    assert all(part.causal for part in parts)
+    fits = (a.num_tokens + b.lengths[0] > most for a, b in pairwise(parts))
+    assert all(fits), "no part could have taken the next segment"

@@ -1,11 +1,13 @@
 """NaViT as a module: shapes, empty batches, errors, saving."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from navit import CLIP, CLIPConfig, NaViT, NaViTConfig, TextConfig
+from navit.model import block
 from navit.model.attention import AttentionPlan
 from navit.model.block import Branch
 from tests.helpers.batches import RandomImage, pack_images, random_images
@@ -174,3 +176,28 @@ def test_checkpointing_changes_no_gradient_and_keeps_fewer_activations() -> None
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
     assert sum(saved[1]) < sum(saved[0]) / 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "cls", "num_registers": 2}])
+def test_inference_in_parts_gives_what_the_whole_batch_gives(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NaViT(NaViTConfig.named("tiny", patch_size=4, **changes)).eval()
+    batch = pack_images(random_images(9, seed=1, patch_size=4), patch_size=4, seq_len=60)
+    whole = model(batch)  # with gradients: in one
+    planned = []
+    monkeypatch.setattr(block, "CPU_TOKENS", 6)
+    monkeypatch.setattr(
+        block, "_run", lambda *args, run=block._run: planned.append(args[2]) or run(*args)
+    )
+    with torch.no_grad():
+        parts = model(batch)
+    assert len(planned) > 3
+    torch.testing.assert_close(parts.pooled, whole.pooled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.tokens, whole.tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_batch_is_encoded_without_gradients_too() -> None:
+    model = NaViT(NaViTConfig.named("tiny", patch_size=4)).eval()
+    with torch.no_grad():
+        assert model(pack_images([], patch_size=4, seq_len=60)).pooled.shape == (0, 64)

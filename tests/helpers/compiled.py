@@ -1,0 +1,112 @@
+"""Compiled towers against eager ones.
+
+A program of its own, since the type-checking hook of the tests and `torch.compile` do not go
+together. `python -m tests.helpers.compiled BACKEND CASE...`
+
+prints for each case how far values and gradients are from the eager model's, and how many graphs
+were compiled for batches of six shapes.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from navit import CLIP, CLIPConfig, NaViT, NaViTConfig
+from navit.model.config import TextConfig
+from packer.batch import PackedBatch
+from packer.captions import pack_text
+from tests.helpers.batches import pack_images, random_images
+
+PATCH = 4
+SHAPE = {"width": 32, "num_heads": 2, "depth": 2, "mlp_dim": 48}
+CASES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "class token": {
+        "pool": "cls",
+        "num_registers": 2,
+        "pos_embed": "grid",
+        "pos_table_size": 3,
+        "biases": True,
+        "activation": "gelu_tanh",
+    },
+    "checkpointing": {
+        "pool": "mean",
+        "checkpointing": True,
+        "pos_embed": "learned",
+        "layer_scale": 0.5,
+        "activation": "quick_gelu",
+    },
+}
+
+
+def batches() -> list[PackedBatch]:
+    """Six batches, no two of one shape; one holds one image, one none."""
+    made = []
+    for count, seed in ((5, 1), (3, 2), (9, 3), (1, 4), (0, 5), (2, 6)):
+        images = random_images(count, seed=seed, patch_size=PATCH)
+        made.append(pack_images(images, patch_size=PATCH, seq_len=60))
+    return made
+
+
+def compare(eager: torch.nn.Module, compiled: torch.nn.Module, inputs: Sequence[Any]) -> Any:
+    """Return the largest difference of vectors and of gradients over the inputs."""
+    value = gradient = inference = 0.0
+    for given in inputs:
+        with torch.inference_mode():
+            again = vectors(compiled, given)
+        found, expected = vectors(compiled, given), vectors(eager, given)
+        weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
+        pairs = zip(
+            *(
+                torch.autograd.grad((x * weights).sum(), list(m.parameters()))
+                for x, m in ((found, compiled), (expected, eager))
+            ),
+            strict=True,
+        )
+        gradient = max(gradient, *(float((a - b).abs().max()) for a, b in pairs))
+        if len(expected):
+            exact = expected.detach()
+            value = max(value, float((found.detach() - exact).abs().max()))
+            inference = max(inference, float((again - exact).abs().max()))
+    return {"value": value, "gradient": gradient, "inference": inference}
+
+
+def vectors(model: torch.nn.Module, given: Any) -> Tensor:
+    """Run a tower."""
+    output = model(given)
+    return output if isinstance(output, Tensor) else output.pooled
+
+
+def run_case(name: str, backend: str) -> dict[str, Any]:
+    """Compare one configuration's compiled tower with its eager one."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    if name == "text":
+        text = TextConfig.from_dict({**SHAPE, "vocab_size": 50, "causal": True, "pool": "last"})
+        vision = NaViTConfig.from_dict({**SHAPE, "patch_size": PATCH})
+        clip = CLIP(CLIPConfig(vision=vision, text=text, embed_dim=16))
+        eager, compiled = clip.text, copy.deepcopy(clip)
+        compiled.compile(backend=backend)
+        captions = [[[1, 2, 3], [4, 5]], [[6] * 7, [7], [8, 9, 1]], [[3]]]
+        found = compare(eager, compiled.text, [pack_text(ids) for ids in captions])
+    else:
+        config = NaViTConfig.from_dict({**SHAPE, "patch_size": PATCH, **CASES[name]})
+        model = NaViT(config)
+        compiled_tower = copy.deepcopy(model)
+        compiled_tower.compile(backend=backend)
+        found = compare(model, compiled_tower, batches())
+        assert not copy.deepcopy(compiled_tower).is_compiled
+    graphs = counters["stats"]["unique_graphs"]
+    return {**found, "graphs": graphs, "breaks": sum(counters["graph_break"].values())}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({name: run_case(name, sys.argv[1]) for name in sys.argv[2:]}))
