@@ -9,17 +9,29 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from benchmarks import (
+    bench_attention_share,
     bench_image_path,
     bench_loader,
     bench_loss,
-    bench_model,
     bench_place,
     bench_scale,
+    bench_step,
     bench_towers,
+    bench_vectors,
 )
 from benchmarks.harness import Paired, environment, store
 
-Name = Literal["place", "scale", "image_path", "loader", "loss", "towers", "model"]
+Name = Literal[
+    "place",
+    "scale",
+    "image_path",
+    "loader",
+    "loss",
+    "towers",
+    "attention_share",
+    "step",
+    "vectors",
+]
 Rows = list[dict[str, Any]]
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +48,8 @@ class Benchmark:
     """Whether `run` prints its own table while it measures."""
     reads_photos: bool = False
     """Whether `run` takes ``photos``."""
+    picture: str | None = None
+    """Name of the picture that `run` writes to its ``picture``, beside the stored rows."""
 
 
 BENCHMARKS: dict[Name, Benchmark] = {
@@ -47,9 +61,23 @@ BENCHMARKS: dict[Name, Benchmark] = {
     "loader": Benchmark(bench_loader.run, "tar shards to batches", prints=True, reads_photos=True),
     "loss": Benchmark(bench_loss.run, "tiled contrastive loss against dense", prints=True),
     "towers": Benchmark(
-        bench_towers.run, "a packed tower against padded and nested ones", prints=True
+        bench_towers.run, "a packed tower against dense and other programs' ones", prints=True
     ),
-    "model": Benchmark(bench_model.run, "packed images against a dense batch"),
+    "attention_share": Benchmark(
+        bench_attention_share.run,
+        "attention's share of a block's time",
+        prints=True,
+        picture=bench_attention_share.PICTURE,
+    ),
+    "step": Benchmark(
+        bench_step.run,
+        "a training step with its loader against preloaded batches",
+        prints=True,
+        reads_photos=True,
+    ),
+    "vectors": Benchmark(
+        bench_vectors.run, "encoded images to vectors", prints=True, reads_photos=True
+    ),
 }
 
 
@@ -64,7 +92,8 @@ class Options:
     store: bool = True
     """Write rows and environment to benchmarks/results/<date>_<device>_<name>.json."""
     photos: tuple[Path, ...] = ()
-    """Tars or folders of JPEGs for image_path and loader; none: photo-like images are drawn."""
+    """Tars or folders of JPEGs for image_path, loader, step and vectors; none: photo-like images
+    are drawn."""
 
 
 def main(args: Sequence[str] | None = None, *, results: Path = RESULTS) -> dict[Name, Rows]:
@@ -87,14 +116,17 @@ def main(args: Sequence[str] | None = None, *, results: Path = RESULTS) -> dict[
     for number, name in enumerate(names, 1):
         benchmark = BENCHMARKS[name]
         print(f"\n[{number}/{len(names)}] {name}: {benchmark.what}", flush=True)
-        inputs = {"photos": options.photos} if benchmark.reads_photos else {}
+        keep = options.store and not options.quick
+        inputs: dict[str, Any] = {"photos": options.photos} if benchmark.reads_photos else {}
+        if keep and benchmark.picture is not None:
+            inputs["picture"] = results / benchmark.picture
         start = perf_counter()
         rows = measured[name] = benchmark.run(quick=options.quick, **inputs)
         seconds = perf_counter() - start
         if not benchmark.prints:
             print(format_rows(rows))
         stored = ""
-        if options.store and not options.quick:
+        if keep:
             stored = f", stored in {store(results, name, rows)}"
         print(f"{name}: {seconds:.1f} s{stored}", flush=True)
     return measured

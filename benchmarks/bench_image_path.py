@@ -163,9 +163,14 @@ def _print_row(row: dict[str, Any]) -> None:
     print(f"  left after decode and resize      {1 - row['decode_resize_share'].ratio:.3f}")
 
 
-def jpegs(paths: Sequence[Path]) -> Iterator[bytes]:
-    """Read the upright RGB JPEGs of original size that tars and folders hold."""
-    return (data for _, data in _jpegs(paths))
+def jpegs(paths: Sequence[Path], *, original: bool = True) -> Iterator[bytes]:
+    """Read the upright RGB JPEGs that tars and folders hold.
+
+    Args:
+        paths: Tars or folders.
+        original: Whether those are left out that are said to have been scaled or encoded anew.
+    """
+    return (data for _, data in _jpegs(paths, original=original))
 
 
 def _given(paths: Sequence[Path], count: int) -> dict[str, list[bytes]]:
@@ -182,9 +187,9 @@ def _given(paths: Sequence[Path], count: int) -> dict[str, list[bytes]]:
     return found
 
 
-def _jpegs(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+def _jpegs(paths: Sequence[Path], *, original: bool = True) -> Iterator[tuple[str, bytes]]:
     for path in paths:
-        for kind, data in _members(path) if path.is_file() else _files(path):
+        for kind, data in _members(path, original=original) if path.is_file() else _files(path):
             try:
                 image = Image.open(BytesIO(data), formats=["JPEG"])
             except OSError:
@@ -194,7 +199,7 @@ def _jpegs(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                 yield kind, data
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path, *, original: bool) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path) as tar:
         members = {member.name: member for member in tar}
         for name, member in members.items():
@@ -203,7 +208,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                 continue
             about = members.get(f"{stem}.json")
             said = json.load(tar.extractfile(about)) if about else {}
-            if said.get("bytes", "original") == "original":
+            if not original or said.get("bytes", "original") == "original":
                 yield _kind(said.get("set", name)), tar.extractfile(member).read()
 
 

@@ -1,29 +1,37 @@
-"""A packed image tower beside the padded and nested ones of other programs, on a CPU.
+"""Mixed images through a vision tower: ours packed, against the dense limit and other programs.
 
-The same images of mixed sizes, as patches, go through towers of one shape (ViT-S) with random
-weights: ours packed, vit-pytorch's two NaViTs (dense mask, nested tensors), timm's NaFlexViT and
-Hugging Face's Siglip2 (padded rows). Images and the blocks' shape are held equal; heads and norms
-differ a little between the programs. Useful tokens are counted, never padding. Each side gets its
-pixels in the form it takes, made beforehand.
+ViT-S with random weights, 64 images of 8 to 256 tokens, two threads. The dense limit is our own
+modules on equal images (`benchmarks.dense`). The others: vit-pytorch's two NaViTs (dense mask,
+nested tensors), timm's NaFlexViT and Hugging Face's Siglip2 (padded rows). Images and the blocks'
+shape are held equal; heads and norms differ a little between the programs. Useful tokens are
+counted, never padding. Each side gets its pixels in the form it takes, made beforehand; vit-pytorch
+packs into sequences of 256, 512 or 1,024 tokens, whichever is fastest.
+
+All sides run in turn, ours twice, a few rounds: a ratio is the median over the rounds, and ours
+against itself is the A/A control.
 """
 
 import multiprocessing
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from importlib import import_module
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from benchmarks import peers
-from benchmarks.bench_model import dtype_name, training_step
-from benchmarks.harness import paired_ratio
+from benchmarks.dense import dense_forward, equal_images
+from benchmarks.harness import Paired, spread
 from navit.model import NaViT, NaViTConfig
 from tests.helpers.batches import RandomImage, pack_images, random_image
 
-PATCH_SIZE, MAX_TOKENS = 16, 256
+PATCH_SIZE, MAX_TOKENS, SEQ_LEN = 16, 256, 1024
+DENSE = "dense limit"
 PEERS = {
     "vit-pytorch": "vit-pytorch",
     "vit-pytorch nested": "vit-pytorch",
@@ -32,6 +40,7 @@ PEERS = {
 }
 """Towers of other programs, and the package each is from."""
 Forward = Callable[[], Tensor]
+Side = tuple[nn.Module, Forward]
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
@@ -39,60 +48,147 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     images = mixed_images(6 if quick else 64, seed=0)
     shape = {"width": 64, "depth": 1, "num_heads": 1, "mlp_dim": 256} if quick else {}
     config = NaViTConfig.named("s", patch_size=PATCH_SIZE, **shape)
-    tokens = sum(len(image.patches) for image in images)
-    print(f"{len(images)} images, {tokens} tokens, {peers.missing(PEERS)}")
     names = [name for name, package in PEERS.items() if peers.is_there(package)]
     names = [name for name in names if name != "HF Siglip2" or peers.is_there("torchvision")]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
+        sides: dict[str, Side] = {"ours": packed_tower(config, images)}
+        sides[DENSE] = _dense(sides["ours"][0], images)
+        sides |= {name: TOWERS[name](config, images) for name in names}
+        print(_header(images, sides))
         rows = []
-        for name in names:
-            rows += [
-                _measure(name, config, images, dtype, backward=backward, quick=quick)
-                for dtype in (torch.float32, torch.bfloat16)
-                for backward in (False, True)
-            ]
-        return rows or [_alone(config, images, quick=quick)]
+        for backward in (False, True):
+            memory = _memory(sides, backward=backward)
+            for dtype in (torch.float32, torch.bfloat16):
+                rounds = _rounds(sides, dtype, backward=backward, count=2 if quick else 4)
+                rows += _rows(rounds, images, dtype, backward, memory)
+        return rows
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(
-    name: str,
-    config: NaViTConfig,
+def _header(images: list[RandomImage], sides: dict[str, Side]) -> str:
+    tokens = sum(len(image.patches) for image in images)
+    dense = equal_images([len(image.patches) for image in images], PATCH_SIZE)[0]
+    found = f"{len(images)} images, {tokens} tokens; dense: {len(dense)} of {dense.shape[1]}"
+    missing = peers.missing({name: p for name, p in PEERS.items() if name not in sides})
+    lines = [found + (f"; {missing}" if missing else "")]
+    lines.append(f"{'':20} {'what':28} {'our speed / theirs':44} {'our tokens/s':>12}  memory")
+    return "\n".join(lines)
+
+
+def _rounds(
+    sides: dict[str, Side], dtype: torch.dtype, *, backward: bool, count: int
+) -> dict[str, list[float]]:
+    """Time every side once a round, ours at both ends."""
+    steps = {name: training_step(*side, dtype, backward=backward) for name, side in sides.items()}
+    if "vit-pytorch" in steps:
+        steps["vit-pytorch"] = _fastest(sides["vit-pytorch"], dtype, backward=backward)
+    order = [*steps, "ours"]
+    seconds: dict[str, list[float]] = {name: [] for name in [*steps, "ours again"]}
+    label = f"{what(dtype, backward)}"
+    for number in tqdm(range(count + 1), desc=label, unit="round", leave=False):
+        for place, name in enumerate(order):
+            start = perf_counter()
+            steps[name]()
+            took = perf_counter() - start
+            if number:  # the first round warms up
+                again = name == "ours" and place > 0
+                seconds["ours again" if again else name].append(took)
+    return seconds
+
+
+def _rows(
+    seconds: dict[str, list[float]],
     images: list[RandomImage],
     dtype: torch.dtype,
-    *,
     backward: bool,
-    quick: bool,
-) -> dict[str, Any]:
-    ours = training_step(*packed_tower(config, images), dtype, backward=backward)
-    theirs = training_step(*TOWERS[name](config, images), dtype, backward=backward)
-    timed = paired_ratio(theirs, ours, pairs=2 if quick else 4)
-    row: dict[str, Any] = {
-        "peer": name,
-        "what": ("forward + backward" if backward else "forward") + f", {dtype_name(dtype)}",
-        "times_their_speed": timed,
-        "our_tokens_per_s": sum(len(image.patches) for image in images) / timed.seconds_b,
+    memory: dict[str, float],
+) -> list[dict[str, Any]]:
+    rows = []
+    tokens = sum(len(image.patches) for image in images)
+    ours = [sum(pair) / 2 for pair in zip(seconds["ours"], seconds["ours again"], strict=True)]
+    control = spread(divide(seconds["ours again"], seconds["ours"]))
+    for name in seconds:
+        if name.startswith("ours"):
+            continue
+        theirs = seconds[name]
+        if name == DENSE:  # its tokens are nearly, not exactly, as many
+            dense = equal_images([len(image.patches) for image in images], PATCH_SIZE)[0]
+            theirs = [x * tokens / dense[..., 0].numel() for x in theirs]
+        ratio = spread(divide(theirs, ours))
+        middle = sorted(ours)[len(ours) // 2]
+        timed = Paired(*ratio, *control, sorted(theirs)[len(ours) // 2], middle, len(ours))
+        row: dict[str, Any] = {
+            "against": name,
+            "what": what(dtype, backward),
+            "times_their_speed": timed,
+            "our_tokens_per_s": tokens / middle,
+        }
+        if name in memory:
+            row["memory_of_theirs"] = memory["ours"] / max(memory[name], 1e-3)
+        rows.append(row)
+        share = f"{row['memory_of_theirs']:.2f}" if name in memory else ""
+        print(f"{name:20} {row['what']:28} {timed!s:44} {tokens / middle:12,.0f}  {share}")
+    return rows
+
+
+def divide(a: Iterable[float], b: Iterable[float]) -> list[float]:
+    """Divide one by one."""
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def what(dtype: torch.dtype, backward: bool) -> str:
+    """Name a measurement as in a table."""
+    kind = "forward + backward" if backward else "forward"
+    return f"{kind}, {str(dtype).removeprefix('torch.')}"
+
+
+def training_step(
+    model: nn.Module, forward: Forward, dtype: torch.dtype, *, backward: bool
+) -> Callable[[], None]:
+    """Make what is timed: an inference pass or, with ``backward``, one with its gradients."""
+
+    def step() -> None:
+        model.train(backward)
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+        with torch.set_grad_enabled(backward), autocast:
+            loss = forward().float().square().sum()
+        if backward:
+            model.zero_grad()
+            loss.backward()
+
+    return step
+
+
+def _fastest(side: Side, dtype: torch.dtype, *, backward: bool) -> Callable[[], None]:
+    """Return vit-pytorch's step with the sequence length it is fastest with."""
+    model, forward = side
+    steps = {
+        length: training_step(model, lambda n=length: forward(n), dtype, backward=backward)  # type: ignore[call-arg, misc]
+        for length in (256, 512, 1024)
     }
-    if backward:
-        row["memory_of_theirs"] = _peak_mib(ours) / _peak_mib(theirs)
-    print(f"{name:20} {row['what']:30} {timed} memory {row.get('memory_of_theirs', 0):.2f}")
-    return row
+    seconds = {}
+    for length, step in steps.items():
+        step()
+        start = perf_counter()
+        step()
+        seconds[length] = perf_counter() - start
+    best = min(seconds, key=lambda length: seconds[length])
+    tqdm.write(f"vit-pytorch packs into sequences of {best} tokens")
+    return steps[best]
 
 
-def _alone(config: NaViTConfig, images: list[RandomImage], *, quick: bool) -> dict[str, Any]:
-    """Time ours against itself, where no peer is installed."""
-    step = training_step(*packed_tower(config, images), torch.float32, backward=True)
-    timed = paired_ratio(step, step, pairs=2 if quick else 4)
-    speed = sum(len(image.patches) for image in images) / timed.seconds_b
-    print(f"ours alone           forward + backward, float32      {speed:,.0f} tokens/s")
-    return {"peer": "none installed", "our_tokens_per_s": speed, "time": timed}
+def _memory(sides: dict[str, Side], *, backward: bool) -> dict[str, float]:
+    """Return by how many MiB one float32 pass of each side raises the peak of resident memory."""
+    measured = [name for name in sides if name != DENSE]
+    steps = [training_step(*sides[name], torch.float32, backward=backward) for name in measured]
+    return dict(zip(measured, map(_peak_mib, steps), strict=True))
 
 
 def _peak_mib(step: Callable[[], None]) -> float:
-    """Return by how much a step raises the peak of resident memory, in a process of its own."""
+    """Measure in a process of its own."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -122,20 +218,25 @@ def mixed_images(count: int, *, seed: int) -> list[RandomImage]:
     return images
 
 
-# Towers: (configuration, images) -> model and a forward pass that gives one vector an image
+# Sides: (configuration, images) -> model and a forward pass that gives one vector an image
 
 
-def packed_tower(config: NaViTConfig, images: list[RandomImage]) -> tuple[nn.Module, Forward]:
+def packed_tower(config: NaViTConfig, images: list[RandomImage]) -> Side:
     """Ours, packed."""
     torch.manual_seed(0)
     model = NaViT(config)
-    batch = pack_images(images, patch_size=PATCH_SIZE, seq_len=1024)
+    batch = pack_images(images, patch_size=PATCH_SIZE, seq_len=SEQ_LEN)
     return model, lambda: model(batch).pooled
 
 
-def _vit_pytorch(
-    config: NaViTConfig, images: list[RandomImage], *, nested: bool
-) -> tuple[nn.Module, Forward]:
+def _dense(model: nn.Module, images: list[RandomImage]) -> Side:
+    """Ours, on equal images without packing."""
+    assert isinstance(model, NaViT)
+    inputs = equal_images([len(image.patches) for image in images], PATCH_SIZE)
+    return model, lambda: dense_forward(model, *inputs)
+
+
+def _vit_pytorch(config: NaViTConfig, images: list[RandomImage], *, nested: bool) -> Side:
     peers.import_torchvision()
     module = import_module("vit_pytorch.na_vit_nested_tensor" if nested else "vit_pytorch.na_vit")
     model = module.NaViT(
@@ -152,10 +253,15 @@ def _vit_pytorch(
     pixels = [_pixels(image) for image in images]
     if nested:
         return model, lambda: model(pixels)
-    return model, lambda: model(pixels, group_images=True, group_max_seq_len=1024)
+
+    def grouped(length: int = SEQ_LEN) -> Tensor:
+        vectors: Tensor = model(pixels, group_images=True, group_max_seq_len=length)
+        return vectors
+
+    return model, grouped
 
 
-def _timm(config: NaViTConfig, images: list[RandomImage]) -> tuple[nn.Module, Forward]:
+def _timm(config: NaViTConfig, images: list[RandomImage]) -> Side:
     peers.import_torchvision()
     naflexvit = import_module("timm.models.naflexvit")
     model = naflexvit.NaFlexVit(
@@ -175,7 +281,7 @@ def _timm(config: NaViTConfig, images: list[RandomImage]) -> tuple[nn.Module, Fo
     return model, lambda: model({"patches": patches, "patch_coord": coords, "patch_valid": valid})
 
 
-def _siglip2(config: NaViTConfig, images: list[RandomImage]) -> tuple[nn.Module, Forward]:
+def _siglip2(config: NaViTConfig, images: list[RandomImage]) -> Side:
     peers.import_torchvision()
     transformers = import_module("transformers")
     model = transformers.Siglip2VisionModel(
@@ -200,7 +306,7 @@ def _siglip2(config: NaViTConfig, images: list[RandomImage]) -> tuple[nn.Module,
     )
 
 
-TOWERS: dict[str, Callable[[NaViTConfig, list[RandomImage]], tuple[nn.Module, Forward]]] = {
+TOWERS: dict[str, Callable[[NaViTConfig, list[RandomImage]], Side]] = {
     "vit-pytorch": lambda config, images: _vit_pytorch(config, images, nested=False),
     "vit-pytorch nested": lambda config, images: _vit_pytorch(config, images, nested=True),
     "timm NaFlexViT": _timm,

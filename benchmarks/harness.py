@@ -71,9 +71,7 @@ def paired_ratio(
     seconds = _returned if self_timed else _seconds
     ratios, times_a, times_b = _alternate(a, b, pairs, seconds)
     control, _, _ = _alternate(a, a, pairs, seconds)
-    return Paired(
-        *_spread(ratios), *_spread(control), median(times_a), median(times_b), len(ratios)
-    )
+    return Paired(*spread(ratios), *spread(control), median(times_a), median(times_b), len(ratios))
 
 
 def environment() -> dict[str, Any]:
@@ -138,7 +136,8 @@ def _returned(function: Callable[[], float]) -> float:
     return function()
 
 
-def _spread(ratios: list[float]) -> tuple[float, float, float]:
+def spread(ratios: list[float]) -> tuple[float, float, float]:
+    """Return median and 10-90 % range."""
     deciles = quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios * 9
     return median(ratios), deciles[0], deciles[-1]
 

@@ -4,6 +4,7 @@
 and say so.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,8 @@ Place = Callable[[list[int], int], list[int]]
 """(lengths, L) -> tokens in each sequence."""
 Prepare = Callable[[bytes], Tensor]
 """Encoded image -> its patches, without padding."""
+Loss = Callable[..., Tensor]
+"""Image vectors, text vectors, scale and, for the sigmoid, bias -> loss."""
 
 PLACERS = {
     "trl bfd, 1000 a batch": "trl",
@@ -32,6 +35,8 @@ PLACERS = {
 """Packers of other programs, and the package each is from."""
 PREPARERS = {"hf_torchvision": "torchvision", "timm": "timm"}
 """Image paths of other programs, and the package each needs."""
+LOSSES = {"open_clip": "open_clip_torch"}
+"""Contrastive losses of other programs, and the package each is from."""
 _PATCH_SIZE = 16
 
 
@@ -53,7 +58,8 @@ def missing(peers: dict[str, str]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of the peers that are installed."""
-    names = ("trl", "datasets", "grain", "vit-pytorch", "timm", "torchvision", "transformers")
+    names = ["trl", "datasets", "grain", "vit-pytorch", "timm", "torchvision", "transformers"]
+    names += LOSSES.values()
     return {name: metadata.version(name) for name in names if is_there(name)}
 
 
@@ -164,6 +170,35 @@ def _hf(processor: Callable[..., dict[str, Tensor]], data: bytes) -> Tensor:
     found = processor(images=[Image.open(BytesIO(data))], return_tensors="pt")
     # A view: the padding is made all the same, as its users get it.
     return found["pixel_values"][0, : int(found["pixel_attention_mask"].sum())]
+
+
+# Losses
+
+
+def open_clip_softmax() -> Loss:
+    """Return open_clip's `ClipLoss`: (image, text, scale) -> loss, on one rank."""
+    loss: Loss = _open_clip_losses().ClipLoss()
+    return loss
+
+
+def open_clip_sigmoid(chunk_size: int) -> tuple[Loss, bool]:
+    """Return open_clip's `SigLipLoss`, and whether this version computes it in chunks.
+
+    Its main branch takes a chunk size (pull request 1145); release 3.3.0 does not.
+
+    Args:
+        chunk_size: Rows of images a chunk, where there are chunks.
+    """
+    loss = _open_clip_losses().SigLipLoss
+    if "chunk_size" in inspect.signature(loss).parameters:
+        return loss(chunk_size=chunk_size), True
+    return loss(), False
+
+
+def _open_clip_losses() -> Any:
+    _quiet_hub()
+    import_torchvision()  # which its transforms import
+    return import_module("open_clip.loss")
 
 
 @cache

@@ -69,10 +69,10 @@ def test_a_full_run_stores_rows_with_their_environment(
     suite.main(["loss", "--no-store"], results=tmp_path)
     assert not list(tmp_path.iterdir())
 
-    suite.main(["loss", "model", "loss"], results=tmp_path)
-    assert "[2/2] model" in capsys.readouterr().out
+    suite.main(["loss", "towers", "loss"], results=tmp_path)
+    assert "[2/2] towers" in capsys.readouterr().out
     stored = sorted(tmp_path.iterdir())
-    assert [path.stem.rsplit("_", 1)[-1] for path in stored] == ["loss", "model"]
+    assert [path.stem.rsplit("_", 1)[-1] for path in stored] == ["loss", "towers"]
     content = json.loads(stored[0].read_text())
     assert content["rows"][1]["time"]["ratio"] == 0.5
     assert {"command", "commit", "date", "device", "threads", "versions"} <= set(
