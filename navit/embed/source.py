@@ -1,7 +1,6 @@
 """A checkpoint of any kind -> the model, and what it says of the images it was trained on."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import torch
 from torch import nn
 
 from packer.config import PackerConfig
-
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def load_source(source: str | Path, *, averaged: bool = True) -> Loaded:
     """
     # Imported here, as a model that is given needs neither.
     from navit.pretrained.load import load
-    from navit.pretrained.source import find_folder
+    from navit.pretrained.source import find_folder, stated_tokens
     from navit.train.checkpoint import find_checkpoint
     from navit.train.restore import load_trained
 
@@ -54,20 +51,9 @@ def load_source(source: str | Path, *, averaged: bool = True) -> Loaded:
                 f"{path} is neither. Check the path."
             ) from None
         folder = find_folder(source)
-        return Loaded(load(folder), max_tokens=_stated_tokens(folder))
+        return Loaded(load(folder), max_tokens=stated_tokens(folder))
     trained = load_trained(path, averaged=averaged)
     return Loaded(trained.model, trained.config.packer)
-
-
-def _stated_tokens(path: Path) -> int | None:
-    """Return the budget a NaFlex processor's file beside the weights states."""
-    for name in _PROCESSOR_FILES:
-        if (path / name).is_file():
-            stated = json.loads((path / name).read_text())
-            tokens = {**stated, **stated.get("image_processor", {})}.get("max_num_patches")
-            if isinstance(tokens, int):
-                return tokens
-    return None
 
 
 def fingerprint(model: nn.Module) -> str:

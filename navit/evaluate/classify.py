@@ -39,7 +39,7 @@ def labelled_pass(
     """
     packing = evaluation_packing(config)
     if len(source) == 1 and is_image_folder(source[0]):
-        return _folder_pass(ImageFolder.read(source[0], classes), packing, sequences_per_batch)
+        return folder_pass(ImageFolder.read(source[0], classes), packing, sequences_per_batch)
     return PackedStream(
         expand_shards(source),
         packing,
@@ -47,12 +47,15 @@ def labelled_pass(
         need="label",
         epochs=1,
         shuffle_shards=False,
+        rank=0,  # all images, also where this is one rank of a training run
+        world_size=1,
     )
 
 
-def _folder_pass(
+def folder_pass(
     folder: ImageFolder, packing: PackerConfig, sequences_per_batch: int
 ) -> Iterator[PackedBatch]:
+    """Yield one pass over a folder's images; what is skipped is counted in the last batch."""
     usable, sizes, skipped = folder.with_sizes(max_pixels=packing.max_pixels, progress=False)
     if len(usable):
         dataset = PackedDataset(
@@ -62,6 +65,7 @@ def _folder_pass(
             sequences_per_batch=sequences_per_batch,
             keys=usable.keys,
             shuffle=False,
+            world_size=1,
         )
         for index in range(dataset.used_batches - 1):
             yield dataset[index]

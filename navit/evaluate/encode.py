@@ -3,33 +3,35 @@
 import json
 import logging
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from navit.evaluate.prompts import EncodeTexts
-from packer.batch import PackedBatch, PackedText
+from packer.batch import BatchStats, PackedBatch, PackedText
 from packer.captions import CaptionTokenizer, pack_text
 
 logger = logging.getLogger(__name__)
 
 
+EncodeImages = Callable[[PackedBatch], Mapping[str, Tensor]]
+"""A batch of N images -> vectors by name, one of each name per image: (N, D) each."""
+
+
 @runtime_checkable
-class ImageTextModel(Protocol):
-    """What evaluation asks of a model; `navit.CLIP` has it."""
+class TextModel(Protocol):
+    """What evaluation asks of a model's text side; `navit.CLIP` has it."""
 
     def modules(self) -> Iterator[nn.Module]:
         """Yield the module and all below it."""
-
-    def encode_image(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
-        """Return one vector per image, (N, D)."""
 
     def encode_text(self, captions: PackedText, *, normalize: bool = True) -> Tensor:
         """Return one vector per caption, (M, D)."""
@@ -37,7 +39,7 @@ class ImageTextModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPairs:
-    """Vectors of N images and of their captions, float32 on the CPU; row i belongs to image i."""
+    """Vectors of N images and of a caption of each, float32 on the CPU; row i is of image i."""
 
     image: Float[Tensor, "N D"]
     """One vector of norm 1 per image."""
@@ -46,60 +48,123 @@ class EncodedPairs:
     keys: tuple[str, ...]
     """Key of each image."""
     texts: tuple[str, ...]
-    """Caption of each image; equal captions are hits of one another."""
+    """Caption of each image, the first one where there are several; equal captions are hits of one
+    another."""
 
 
-def encode_pairs(
-    model: ImageTextModel,
+@dataclass(frozen=True, kw_only=True)
+class EncodedImages:
+    """Vectors of N images, in the order of the batches, with what came with the images."""
+
+    vectors: Mapping[str, Tensor]
+    """By name, float32 (N, D) on the CPU; empty where there were no images."""
+    keys: tuple[str, ...] = ()
+    """Key of each image."""
+    texts: tuple[str, ...] = ()
+    """Text of each image; "" where it has none."""
+    labels: Int64[Tensor, " N"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Label of each image; -1 where it has none."""
+    stats: BatchStats = field(default_factory=BatchStats)
+    """Counts of images, tokens and skipped samples."""
+    seconds: float = 0.0
+    """Time it took, reading and decoding included."""
+    model_seconds: float = 0.0
+    """Of this, the model's."""
+
+    @classmethod
+    def join(cls, parts: Sequence["EncodedImages"]) -> "EncodedImages":
+        """Put parts together, in their order."""
+        filled = [part for part in parts if part.keys]
+        names = filled[0].vectors if filled else {}
+        return cls(
+            vectors={name: torch.cat([part.vectors[name] for part in filled]) for name in names},
+            keys=tuple(key for part in filled for key in part.keys),
+            texts=tuple(text for part in filled for text in part.texts),
+            labels=torch.cat([torch.zeros(0, dtype=torch.int64), *(p.labels for p in filled)]),
+            stats=sum((part.stats for part in parts), BatchStats()),
+            seconds=sum(part.seconds for part in parts),
+            model_seconds=sum(part.model_seconds for part in parts),
+        )
+
+
+def encode_images(
+    model: nn.Module,
+    encode: EncodeImages,
     batches: Iterable[PackedBatch],
     device: torch.device | str,
     autocast_dtype: torch.dtype | None = None,
     *,
+    chunk_size: int = 4096,
     progress: bool = True,
-) -> EncodedPairs:
-    """Encode the images and captions of all batches.
+    title: str = "encoding",
+) -> Iterator[EncodedImages]:
+    """Encode the images of all batches.
 
     Args:
-        model: The model, already on `device`. It runs in evaluation mode; the mode each of its
-            modules had is restored.
-        batches: A finite pass, one caption per image; batches without images are passed over.
+        model: Switched to evaluation mode while a batch is encoded; the mode each of its modules
+            had is restored.
+        encode: Turns a batch on ``device`` into vectors with that model.
+        batches: A finite pass.
         device: Where the model runs.
         autocast_dtype: Precision of the matrix products; None leaves autocast off.
+        chunk_size: Images handed over at a time, at least.
         progress: Whether to show a progress bar.
+        title: What the bar says.
 
-    Returns:
-        All pairs in the order of the batches.
+    Yields:
+        The images in the order of the batches, in parts of ``chunk_size`` and a rest, which is
+        given even where it is empty: it then has the counts of what was skipped.
 
     Raises:
-        ValueError: If a batch has no captions, or not one caption per image.
+        ValueError: If labels are not class indices.
     """
-    images: list[Tensor] = []
-    texts: list[Tensor] = []
-    keys: list[str] = []
-    captions: list[str] = []
-    bar = tqdm(batches, desc="encoding", unit="batch", leave=False, disable=not progress)
-    with evaluating(model), inference(device, autocast_dtype):
-        for batch in bar:
-            if not batch.num_images:
-                continue
-            packed, written = _captions(batch)
-            on_device = batch.to(device)
-            images.append(model.encode_image(on_device, normalize=True).float().cpu())
-            vectors = model.encode_text(packed.to(device), normalize=True).float().cpu()
-            texts.append(vectors[packed.image_index.cpu().argsort()])
-            keys += batch.keys
-            captions += written
-    empty = torch.zeros(0, 0)
-    return EncodedPairs(
-        image=torch.cat(images) if images else empty,
-        text=torch.cat(texts) if texts else empty,
-        keys=tuple(keys),
-        texts=tuple(captions),
+    waiting: list[EncodedImages] = []
+    bar = tqdm(desc=title, unit=" images", leave=False, disable=not progress)
+    iterator = iter(batches)
+    with bar:
+        while True:
+            started = time.perf_counter()
+            batch = next(iterator, None)
+            read = time.perf_counter()
+            if batch is None:
+                break
+            vectors: dict[str, Tensor] = {}
+            if batch.num_images:
+                with evaluating(model), inference(device, autocast_dtype):
+                    found = encode(batch.to(device))
+                    vectors = {name: value.float().cpu() for name, value in found.items()}
+            done = time.perf_counter()
+            waiting.append(_of_batch(batch, vectors, done - started, done - read))
+            bar.update(batch.num_images)
+            if sum(len(part.keys) for part in waiting) >= chunk_size:
+                yield EncodedImages.join(waiting)
+                waiting = []
+    yield EncodedImages.join(waiting)
+
+
+def _of_batch(
+    batch: PackedBatch, vectors: Mapping[str, Tensor], seconds: float, model_seconds: float
+) -> EncodedImages:
+    labels = batch.labels
+    if labels is None:
+        labels = torch.full((batch.num_images,), -1)
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels must be class indices, one an image; got {labels.shape[1]} targets an image."
+        )
+    return EncodedImages(
+        vectors=vectors,
+        keys=tuple(batch.keys),
+        texts=tuple(batch.texts) if batch.texts is not None else ("",) * batch.num_images,
+        labels=labels,
+        stats=batch.stats,
+        seconds=seconds,
+        model_seconds=model_seconds,
     )
 
 
 def text_encoder(
-    model: ImageTextModel,
+    model: TextModel,
     tokenizer: CaptionTokenizer,
     max_tokens: int,
     device: torch.device | str,
@@ -135,11 +200,14 @@ def text_encoder(
     return encode
 
 
-def read_metadata(shard_paths: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
+def read_metadata(
+    shard_paths: Sequence[str | Path], *, keep: Collection[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Read the json member of every sample of local tar shards.
 
     Args:
         shard_paths: The shards; braces already expanded.
+        keep: Fields that are kept, where memory counts; None keeps all.
 
     Returns:
         The json objects under ``<shard file name>/<member key>``, the keys of a stream. Samples
@@ -157,6 +225,8 @@ def read_metadata(shard_paths: Sequence[str | Path]) -> dict[str, dict[str, Any]
                     for member, content in _json_members(tar):
                         fields = _parse(content, f"{path.name}/{member}")
                         if fields is not None:
+                            if keep is not None:
+                                fields = {n: v for n, v in fields.items() if n in keep}
                             metadata[f"{path.name}/{member}"] = fields
             except (tarfile.TarError, EOFError, OSError) as error:
                 logger.warning("%s: reading metadata stopped early: %s", path.name, error)
@@ -183,24 +253,8 @@ def _parse(content: bytes, key: str) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _captions(batch: PackedBatch) -> tuple[PackedText, tuple[str, ...]]:
-    """Return the batch's captions as tokens and as written, checked to be one per image."""
-    if batch.captions is None or batch.texts is None:
-        raise ValueError(
-            f"batches must hold captions as texts and tokens to be evaluated; the batch of "
-            f"{batch.keys[0]!r} has none. Give its loader a tokenizer and data with captions."
-        )
-    found = sorted(batch.captions.image_index.tolist())
-    if found != list(range(batch.num_images)):
-        raise ValueError(
-            f"batches must hold one caption per image; got captions of images {found} beside "
-            f"{batch.num_images} images."
-        )
-    return batch.captions, batch.texts
-
-
 @contextmanager
-def evaluating(model: ImageTextModel | nn.Module) -> Iterator[None]:
+def evaluating(model: TextModel | nn.Module) -> Iterator[None]:
     """Switch to evaluation mode; afterwards each module is back in the mode it was in."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:

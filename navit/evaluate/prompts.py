@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from navit.evaluate.accuracy import KS, accuracies
 from navit.evaluate.retrieval import first_hit_ranks
 
 EncodeTexts = Callable[[list[str]], Tensor]
@@ -31,20 +32,27 @@ _VOWEL_SOUND = re.compile(r"(?!uni|use|uti|ure|eu|one\b|once\b)[aeiou]|hour|hono
 
 
 def fill_template(template: str, class_name: str) -> str:
-    """Put a class name in the place of ``{}``, with the article its sound asks for.
+    """Put a class name in the place of ``{}``, with the article its sound asks for, or of ``{c}``.
 
     Args:
-        template: A prompt holding ``{}`` at least once; "a" or "an" before it is adapted.
+        template: A prompt holding ``{}`` at least once; "a" or "an" before it is adapted. With
+            ``{c}`` instead, as CLIP_benchmark's files write it, nothing is adapted: published
+            accuracies were measured so.
         class_name: The name, taken literally.
 
     Returns:
-        The prompt, as in ``fill_template("a photo of a {}", "ant") == "a photo of an ant"``.
+        The prompt, as in ``fill_template("a photo of a {}", "ant") == "a photo of an ant"`` and
+        ``fill_template("a photo of a {c}", "ant") == "a photo of a ant"``.
 
     Raises:
-        ValueError: If the template has no ``{}``.
+        ValueError: If the template has neither.
     """
+    if "{c}" in template:
+        return template.replace("{c}", class_name)
     if "{}" not in template:
-        raise ValueError(f"A template must hold {{}} where the class name goes; got {template!r}.")
+        raise ValueError(
+            f"A template must hold {{}} or {{c}} where the class name goes; got {template!r}."
+        )
     article = r"\1n {}" if _VOWEL_SOUND.match(class_name) else r"\1 {}"
     return _ARTICLE.sub(article, template).replace("{}", class_name)
 
@@ -59,13 +67,13 @@ def class_vectors(
     Args:
         encode_texts: Texts to vectors; need not normalise.
         class_names: The C names, at least one.
-        templates: Prompts with ``{}`` in the place of the name, at least one.
+        templates: Prompts with ``{}`` or ``{c}`` in the place of the name, at least one.
 
     Returns:
         One vector of norm 1 per class, float32 or float64 as encoded.
 
     Raises:
-        ValueError: If there is no name or no template, or a template has no ``{}``.
+        ValueError: If there is no name or no template, or a template has no place for the name.
 
     Source: CLIP (arXiv:2103.00020), section 3.1.4 "Prompt engineering and ensembling".
     """
@@ -87,7 +95,7 @@ def prompt_accuracy(
     class_index: Int64[Tensor, " N"],
     classes: Float[Tensor, "C D"],
     *,
-    ks: Sequence[int] = (1, 5),
+    ks: Sequence[int] = KS,
 ) -> dict[str, float]:
     """Share of images whose own class is among the k nearest class vectors.
 
@@ -98,9 +106,10 @@ def prompt_accuracy(
         ks: Ranks to report.
 
     Returns:
-        ``"prompt_accuracy@k"`` for each k, in [0, 1]; 0 without images. Another class that is
-        as similar as the image's own counts as nearer, so a constant vector scores 0; a
-        similarity that is not finite is never a hit.
+        ``"prompt_accuracy@k"`` for each k and ``"prompt_class_recall"``, the mean over the classes
+        that occur of the share found first; in [0, 1], 0 without images. Another class that is as
+        similar as the image's own counts as nearer, so a constant vector scores 0; a similarity
+        that is not finite is never a hit.
 
     Raises:
         ValueError: If an index names no class.
@@ -113,9 +122,7 @@ def prompt_accuracy(
         )
     own = torch.arange(num_classes, device=class_index.device)
     rank = first_hit_ranks(image, classes, class_index, own, torch.stack([own, own]))
-    return {
-        f"prompt_accuracy@{k}": (rank < k).double().mean().item() if len(rank) else 0.0 for k in ks
-    }
+    return accuracies(rank, class_index, "prompt_", ks=ks)
 
 
 def class_lists(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -153,13 +160,13 @@ def evaluate_prompts(
         keys: Key of each image, as in `metadata`; an image without metadata is left out.
         metadata: Json of the samples by key (`navit.evaluate.encode.read_metadata`).
         encode_texts: Texts to vectors; called once per set with all its prompts.
-        templates: Prompts with ``{}`` in the place of the name.
+        templates: Prompts with ``{}`` or ``{c}`` in the place of the name.
         classes: Class names of each set to choose from; None takes those found in `metadata`,
             which may hold more samples than `keys`.
 
     Returns:
-        ``"<set>/prompt_accuracy@1"`` and ``"<set>/prompt_accuracy@5"`` for each set that an
-        image belongs to, in [0, 1].
+        ``"<set>/prompt_accuracy@1"``, ``"<set>/prompt_accuracy@5"`` and
+        ``"<set>/prompt_class_recall"`` for each set that an image belongs to, in [0, 1].
 
     Raises:
         ValueError: If keys and vectors differ in number, or an image's class is not in `classes`.

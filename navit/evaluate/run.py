@@ -1,15 +1,22 @@
 """Evaluate an image-text model on tar shards: retrieval, caption prompts, shape-only baseline."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from navit.evaluate.encode import EncodedPairs, encode_pairs, read_metadata, text_encoder
-from navit.evaluate.prompts import evaluate_prompts
-from navit.evaluate.retrieval import retrieval_chance, retrieval_metrics
+from navit.evaluate.captions import Captions, encode_unique, pair_metrics
+from navit.evaluate.encode import (
+    EncodedImages,
+    EncodedPairs,
+    encode_images,
+    read_metadata,
+    text_encoder,
+)
+from navit.evaluate.prompts import DEFAULT_TEMPLATES, evaluate_prompts
 from navit.evaluate.shape_baseline import shape_baselines
 from navit.model import CLIP
 from packer.batch import BatchStats, PackedBatch
@@ -48,6 +55,7 @@ def evaluate_clip(
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
     train_metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
     progress: bool = True,
 ) -> Evaluation:
     """Encode every pair of the shards once and compute all metrics they allow.
@@ -62,6 +70,7 @@ def evaluate_clip(
         autocast_dtype: Precision of the matrix products; None leaves autocast off.
         train_metadata: Json of the training samples, for the shape-only baseline; None leaves the
             baseline out.
+        templates: Prompts of the caption-prompt accuracy.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -72,31 +81,30 @@ def evaluate_clip(
         paths,
         evaluation_packing(config),
         sequences_per_batch=sequences_per_batch,
-        tokenizer=tokenizer,
         epochs=1,
         shuffle_shards=False,
+        rank=0,  # all images, also where this is one rank of a training run
+        world_size=1,
     )
-    counted = [BatchStats()]
 
-    def batches() -> Iterator[PackedBatch]:
-        for batch in stream:
-            counted[0] = counted[0] + batch.stats
-            yield batch
+    def encode(batch: PackedBatch) -> dict[str, Tensor]:
+        return {"embedding": model.encode_image(batch, normalize=True)}
 
-    pairs = encode_pairs(model, batches(), device, autocast_dtype, progress=progress)
-    stats = counted[0]
-    if not pairs.keys:
+    found = EncodedImages.join(
+        list(encode_images(model, encode, stream, device, autocast_dtype, progress=progress))
+    )
+    if not found.keys:
         raise ValueError(
-            f"the validation shards hold no usable image-text pair; {stats.samples_read} samples "
-            f"were read and skipped: {dict(stats.skipped)}. Check the shards."
+            f"the validation shards hold no usable image-text pair; {found.stats.samples_read} "
+            f"samples were read and skipped: {dict(found.stats.skipped)}. Check the shards."
         )
-    index = torch.arange(len(pairs.keys))
-    metrics = retrieval_metrics(pairs.image, pairs.text, index, pairs.texts)
-    chance = retrieval_chance(len(index), index, pairs.texts)
-    metrics |= {f"chance/{name}": value for name, value in chance.items()}
-    metadata = read_metadata(paths)
+    image, metadata = found.vectors["embedding"], read_metadata(paths)
     encode_texts = text_encoder(model, tokenizer, config.max_text_tokens, device, autocast_dtype)
-    metrics |= evaluate_prompts(pairs.image, pairs.keys, metadata, encode_texts)
+    captions = Captions.of([(text,) for text in found.texts])
+    text = encode_unique(encode_texts, captions.texts)
+    metrics = pair_metrics(image, text, captions)
+    metrics |= evaluate_prompts(image, found.keys, metadata, encode_texts, templates=templates)
     if train_metadata is not None:
         metrics |= shape_baselines(train_metadata, metadata)
-    return Evaluation(metrics=metrics, pairs=pairs, stats=stats)
+    pairs = EncodedPairs(image=image, text=text, keys=found.keys, texts=captions.texts)
+    return Evaluation(metrics=metrics, pairs=pairs, stats=found.stats)

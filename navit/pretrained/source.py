@@ -121,6 +121,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def stated_tokens(folder: Path) -> int | None:
+    """Return the token budget a NaFlex processor's file beside the weights states, if any."""
+    for name in _PROCESSOR_FILES:
+        stated = read_json(folder / name)
+        if stated is not None:
+            tokens = {**stated, **stated.get("image_processor", {})}.get("max_num_patches")
+            if isinstance(tokens, int):
+                return tokens
+    return None
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Read one file or the shards an index lists; safetensors first."""
     for name in (WEIGHTS_FILE, "pytorch_model.bin"):

@@ -2,17 +2,18 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from navit.evaluate.encode import encode_pairs, read_metadata, text_encoder
+from navit.evaluate.encode import EncodedImages, encode_images, read_metadata, text_encoder
 from navit.evaluate.prompts import evaluate_prompts
-from navit.evaluate.retrieval import retrieval_metrics
-from packer.batch import PackedBatch, PackedText
+from packer.batch import BatchStats, PackedBatch, PackedText
 from packer.captions import CaptionTokenizer, pack_text
 
 
@@ -43,12 +44,9 @@ class FakeModel(nn.Module):
         return self.dropout(vectors) * self.scale
 
 
-def make_batch(
-    numbers: Sequence[int], start: int = 0, caption_order: Sequence[int] | None = None
-) -> PackedBatch:
+def make_batch(numbers: Sequence[int], start: int = 0) -> PackedBatch:
     """One sequence; image i is one patch of colour `numbers[i]` with the caption that says so."""
     n = len(numbers)
-    order = list(range(n)) if caption_order is None else list(caption_order)
     patches = torch.zeros(1, n, 3, dtype=torch.uint8)
     patches[0] = torch.tensor(numbers, dtype=torch.uint8).reshape(n, 1)
     batch = PackedBatch(
@@ -62,46 +60,75 @@ def make_batch(
         segment_lengths=(1,) * n,
         keys=tuple(f"s.tar/{start + i}" for i in range(n)),
         texts=tuple(f"number {number}" for number in numbers),
-        captions=pack_text([[numbers[i], 0] for i in order], order),
+        captions=pack_text([[number, 0] for number in numbers]),
     )
     batch.check()
     return batch
 
 
-def test_pairs_come_out_in_order_and_empty_batches_are_passed_over() -> None:
+def encode_all(model: FakeModel, batches: Iterable[PackedBatch], **options: Any) -> EncodedImages:
+    def encode(batch: PackedBatch) -> dict[str, Tensor]:
+        return {"embedding": model.encode_image(batch, normalize=True)}
+
+    options = {"device": "cpu", "progress": False, **options}
+    return EncodedImages.join(list(encode_images(model, encode, batches, **options)))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 100])
+def test_images_come_out_in_order_and_empty_batches_are_passed_over(chunk_size: int) -> None:
     batches = [make_batch([3, 1]), make_batch([]), make_batch([2], start=2)]
 
-    pairs = encode_pairs(FakeModel(), batches, "cpu", progress=False)
+    found = encode_all(FakeModel(), batches, chunk_size=chunk_size)
 
-    expected = torch.eye(8)[[3, 1, 2]]
-    torch.testing.assert_close(pairs.image, expected, rtol=0, atol=0)
-    torch.testing.assert_close(pairs.text, expected, rtol=0, atol=0)
-    assert pairs.keys == ("s.tar/0", "s.tar/1", "s.tar/2")
-    assert pairs.texts == ("number 3", "number 1", "number 2")
-    assert not pairs.image.is_inference()
-    metrics = retrieval_metrics(pairs.image, pairs.text, torch.arange(3), pairs.texts)
-    assert set(metrics.values()) == {1.0}
+    torch.testing.assert_close(found.vectors["embedding"], torch.eye(8)[[3, 1, 2]], rtol=0, atol=0)
+    assert found.keys == ("s.tar/0", "s.tar/1", "s.tar/2")
+    assert found.texts == ("number 3", "number 1", "number 2")
+    assert found.labels.tolist() == [-1, -1, -1]
+    assert not found.vectors["embedding"].is_inference()
 
 
-def test_captions_in_another_order_come_back_to_their_images() -> None:
-    pairs = encode_pairs(
-        FakeModel(), [make_batch([3, 1, 2], caption_order=[2, 0, 1])], "cpu", progress=False
+def test_parts_are_given_as_they_fill_and_their_counts_add_up() -> None:
+    counted = [
+        replace(make_batch([1] * n), stats=BatchStats(images=n, samples_read=n)) for n in (2, 3, 1)
+    ]
+    model = FakeModel()
+    parts = list(
+        encode_images(
+            model,
+            lambda batch: {"v": model.encode_image(batch)},
+            counted,
+            "cpu",
+            chunk_size=4,
+            progress=False,
+        )
     )
 
-    torch.testing.assert_close(pairs.text, pairs.image, rtol=0, atol=0)
+    assert [len(part.keys) for part in parts] == [5, 1]
+    assert sum((part.stats for part in parts), BatchStats()).images == 6
+    assert all(part.seconds >= part.model_seconds > 0 for part in parts)
 
 
-def test_no_batches_give_no_pairs() -> None:
-    pairs = encode_pairs(FakeModel(), iter([make_batch([])]), torch.device("cpu"), progress=False)
+def test_labels_come_along() -> None:
+    batch = replace(make_batch([1, 2]), labels=torch.tensor([7, 0]))
 
-    assert pairs.image.shape == pairs.text.shape == (0, 0)
-    assert pairs.keys == pairs.texts == ()
+    assert encode_all(FakeModel(), [batch, make_batch([3])]).labels.tolist() == [7, 0, -1]
+    several = replace(make_batch([1]), labels=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="class indices, one an image; got 3 targets"):
+        encode_all(FakeModel(), [several])
+
+
+def test_no_images_give_no_vectors() -> None:
+    found = encode_all(FakeModel(), iter([make_batch([])]))
+
+    assert dict(found.vectors) == {}
+    assert found.keys == found.texts == ()
+    assert found.labels.shape == (0,)
 
 
 def test_every_module_returns_to_the_mode_it_was_in() -> None:
     model = FakeModel()
 
-    encode_pairs(model, [make_batch([1])], "cpu", progress=False)
+    encode_all(model, [make_batch([1]), make_batch([2])])
 
     assert model.modes == [False, False]
     assert model.training
@@ -114,33 +141,22 @@ def test_the_mode_returns_after_an_error() -> None:
     batch = make_batch([9])  # the fake knows eight colours
 
     with pytest.raises(IndexError):
-        encode_pairs(model, [batch], "cpu", progress=False)
+        encode_all(model, [batch])
 
     assert model.training
 
 
 def test_vectors_are_float32_under_autocast() -> None:
-    pairs = encode_pairs(FakeModel(), [make_batch([1])], "cpu", torch.bfloat16, progress=False)
+    found = encode_all(FakeModel(), [make_batch([1])], autocast_dtype=torch.bfloat16)
 
-    assert pairs.image.dtype == pairs.text.dtype == torch.float32
+    assert found.vectors["embedding"].dtype == torch.float32
 
 
 def test_a_progress_bar_is_shown_unless_told_not_to(capsys: pytest.CaptureFixture[str]) -> None:
-    encode_pairs(FakeModel(), [make_batch([1])], "cpu", progress=False)
+    encode_all(FakeModel(), [make_batch([1])])
     assert capsys.readouterr().err == ""
-    encode_pairs(FakeModel(), [make_batch([1])], "cpu")
-    assert "encoding" in capsys.readouterr().err
-
-
-def test_batches_without_captions_are_named() -> None:
-    batch = make_batch([1, 2])
-    bare = PackedBatch(**{**vars(batch), "captions": None})
-    uneven = PackedBatch(**{**vars(batch), "captions": pack_text([[1, 0]], [1])})
-
-    with pytest.raises(ValueError, match=r"batch of 's.tar/0' has none"):
-        encode_pairs(FakeModel(), [bare], "cpu", progress=False)
-    with pytest.raises(ValueError, match=r"captions of images \[1\] beside 2 images"):
-        encode_pairs(FakeModel(), [uneven], "cpu", progress=False)
+    encode_all(FakeModel(), [make_batch([1])], progress=True, title="validation")
+    assert "validation" in capsys.readouterr().err
 
 
 def test_prompts_pass_through_tokenizer_and_model_in_chunks() -> None:
@@ -191,6 +207,10 @@ def test_metadata_has_the_keys_of_the_stream(tmp_path: Path) -> None:
         "a-0.tar/000000": {"set": "s", "orig_width": 3},
         "a-0.tar/sub/a.b": {"n": 1},
         "a-1.tar/000000": {"name": "Café"},
+    }
+    assert read_metadata([one], keep=("set", "n")) == {
+        "a-0.tar/000000": {"set": "s"},
+        "a-0.tar/sub/a.b": {"n": 1},
     }
 
 

@@ -42,6 +42,8 @@ def encode_words(texts: list[str]) -> Tensor:
         ("{}: a {}", "ant", "ant: an ant"),
         ("{}", r"a\1{0}", r"a\1{0}"),
         ("100% {x} {}", "ant", "100% {x} ant"),
+        ("a photo of a {c}.", "ant", "a photo of a ant."),
+        ("{c}: {}", "ant", "ant: {}"),
     ],
 )
 def test_a_template_takes_the_name_and_its_article(template: str, name: str, prompt: str) -> None:
@@ -49,7 +51,7 @@ def test_a_template_takes_the_name_and_its_article(template: str, name: str, pro
 
 
 def test_a_template_without_a_place_for_the_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must hold \{\}"):
+    with pytest.raises(ValueError, match=r"must hold \{\} or \{c\}"):
         fill_template("a photo", "ant")
 
 
@@ -97,6 +99,11 @@ def test_accuracy_counts_the_classes_at_least_as_near(
     for k in (1, 5):
         expected = sum(rank < k for rank in ranks) / max(len(ranks), 1)
         assert result[f"prompt_accuracy@{k}"] == pytest.approx(expected)
+    recalls = [
+        sum(r < 1 for r, own in zip(ranks, targets, strict=True) if own == c) / targets.count(c)
+        for c in set(targets)
+    ]
+    assert result["prompt_class_recall"] == pytest.approx(sum(recalls) / max(len(recalls), 1))
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan])
@@ -105,7 +112,7 @@ def test_a_constant_or_broken_model_scores_zero(value: float) -> None:
         torch.full((6, 4), value), torch.arange(6), torch.full((6, 4), value), ks=(1, 5)
     )
 
-    assert result == {"prompt_accuracy@1": 0.0, "prompt_accuracy@5": 0.0}
+    assert set(result.values()) == {0.0}
 
 
 def test_an_index_beyond_the_classes_is_refused() -> None:
@@ -133,8 +140,10 @@ def test_each_set_is_scored_among_its_own_classes() -> None:
     assert result == {
         "pets/prompt_accuracy@1": 0.5,
         "pets/prompt_accuracy@5": 1.0,
+        "pets/prompt_class_recall": 0.5,
         "sea/prompt_accuracy@1": 1.0,
         "sea/prompt_accuracy@5": 1.0,
+        "sea/prompt_class_recall": 1.0,
     }
 
 

@@ -152,6 +152,50 @@ def test_several_captions_of_an_image_are_all_hits() -> None:
     }
 
 
+def test_two_images_with_two_and_three_captions_by_hand() -> None:
+    """Scores, image by row: [[.9, .2, .8, .1, .3], [.75, .6, .5, .7, .3]]; texts 0, 1 | 2, 3, 4.
+
+    Image 0: its text 0 (.9) is first of all. Image 1: its best is text 3 (.7), behind text 0 (.75):
+    rank 1. Text 0 prefers image 0 (.9 to .75). Text 1 prefers image 1 (.6 to .2): rank 1. Text 2
+    prefers image 0 (.8 to .5): rank 1. Text 3 prefers image 1. Text 4 scores both .3: the tie is no
+    hit, rank 1.
+    """
+    image = torch.tensor([[0.9, 0.2, 0.8, 0.1, 0.3], [0.75, 0.6, 0.5, 0.7, 0.3]])
+
+    metrics = retrieval_metrics(image, torch.eye(5), torch.tensor([0, 0, 1, 1, 1]), ks=(1, 2))
+
+    assert metrics == {
+        "image_to_text/recall@1": 0.5,
+        "image_to_text/recall@2": 1.0,
+        "text_to_image/recall@1": pytest.approx(2 / 5),
+        "text_to_image/recall@2": 1.0,
+    }
+
+
+def test_a_caption_two_images_share_and_an_image_without_one_by_hand() -> None:
+    """Image 0: "dog", "pet"; image 1: "pet", "cat"; image 2 has no caption and competes.
+
+    Image 0 finds text 2 first, image 1's "pet", which is its own caption too. Image 1: both "pet"
+    (.5) and "cat" (.5) are behind "dog" (.8): rank 1. "dog" (.1) is behind images 1 and 2: rank 2.
+    "pet" of image 0 finds image 1 (.5), a hit, behind image 2 (.6): rank 1. "pet" of image 1 finds
+    image 0 (.9). "cat" (.5) is behind image 2 (.95): rank 1.
+    """
+    image = torch.tensor([[0.1, 0.2, 0.9, 0.3], [0.8, 0.5, 0.4, 0.5], [0.7, 0.6, 0.1, 0.95]])
+
+    metrics = retrieval_metrics(
+        image, torch.eye(4), torch.tensor([0, 0, 1, 1]), ["dog", "pet", "pet", "cat"], ks=(1, 2, 3)
+    )
+
+    assert metrics == {
+        "image_to_text/recall@1": 0.5,
+        "image_to_text/recall@2": 1.0,
+        "image_to_text/recall@3": 1.0,
+        "text_to_image/recall@1": 0.25,
+        "text_to_image/recall@2": 0.75,
+        "text_to_image/recall@3": 1.0,
+    }
+
+
 def test_no_pairs_score_zero() -> None:
     metrics = retrieval_metrics(
         torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), []

@@ -1,0 +1,1 @@
+"""One page that compares runs, from nothing but their run folders."""
