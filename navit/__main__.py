@@ -1,23 +1,17 @@
 """`navit`: one subcommand per entry of `COMMANDS`."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import tyro
 
 
 def train(args: Sequence[str]) -> int:
     """Train on packed images: `navit train [demo | pairs | classify] [options]`."""
-    from navit.serialize import to_plain
+    from navit.train.command import run_train
     from navit.train.config import PRESETS
-    from navit.train.loop import Trainer
-    from navit.train.setup import resolve_run
-    from navit.train.summary import draw_results, format_run
 
     name, options = _split_preset(args, tuple(PRESETS))
     config = tyro.cli(
@@ -29,67 +23,23 @@ def train(args: Sequence[str]) -> int:
         # Options may stand before or after a choice such as packer.token-drop:beta-drop.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
-    run = resolve_run(config, name)
-    trainer = Trainer(config, run)
-    print(f"{run}: {trainer.describe()}", file=sys.stderr)
-    result = trainer.train()
-    if result.evaluation is not None:
-        summary = {"step": result.step, "metrics": result.evaluation.metrics}
-        summary |= {"padding": result.stats.padding, "stats": to_plain(result.stats)}
-        summary |= {"tokens_per_second": result.tokens_per_second}
-        (run / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(format_run(result))
-    pictures = draw_results(result, trainer.val_shards)
-    print("pictures:   " + "\n            ".join(map(str, pictures)))
-    if result.step < trainer.config.steps:
-        print(f"stopped early; go on with: navit train {name} --run {run} --resume ...")
-    return 0
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Evaluate a checkpoint on tar shards of image-text pairs, or of labelled images."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """A run folder or one of its checkpoints."""
-    shards: tuple[str, ...]
-    """Validation shards: tar files or brace ranges."""
-    train_shards: tuple[str, ...] = ()
-    """Training shards, for the shape-only baseline; empty leaves it out."""
-    raw_weights: bool = False
-    """Evaluate the last step's weights and not their running average."""
-    sequences_per_batch: int = 8
-    """Sequences encoded at a time."""
-    device: str = "auto"
-    """"auto" is CUDA where there is one."""
-    json: Path | None = None
-    """Also write the metrics to this file."""
+    return run_train(config, name)
 
 
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a checkpoint: `navit evaluate CHECKPOINT --shards ...`."""
-    from navit.evaluate.encode import read_metadata
+    from navit.evaluate.command import EvaluateCommand, format_result, run_evaluate
+    from navit.evaluate.source import RunLoader
     from navit.train.restore import load_trained
-    from navit.train.setup import resolve_autocast, resolve_device
-    from navit.train.summary import format_evaluation
-    from packer.shards import expand_shards
-    from packer.tally import tally_text
+    from navit.train.setup import resolve_autocast
 
-    options = tyro.cli(EvaluateConfig, args=args, prog="navit evaluate")
-    trained = load_trained(options.checkpoint, averaged=not options.raw_weights)
-    device = resolve_device(replace(trained.config, device=options.device))
-    metadata = read_metadata(expand_shards(options.train_shards)) if options.train_shards else None
-    found = trained.evaluate(
-        options.shards,
-        sequences_per_batch=options.sequences_per_batch,
-        device=device,
-        autocast_dtype=resolve_autocast(trained.config, device),
-        train_metadata=metadata,
-    )
-    print(format_evaluation(found))
-    print(tally_text(found.stats))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found.metrics, indent=2) + "\n")
+    command = tyro.cli(EvaluateCommand, args=args, prog="navit evaluate")
+    try:
+        found = run_evaluate(command, RunLoader(load_trained, resolve_autocast))
+    except OSError as error:  # no checkpoint, no connection to the hub, a full disk
+        print(f"navit evaluate: {error}", file=sys.stderr)
+        return 2
+    print(format_result(found, command))
     return 0
 
 
@@ -110,10 +60,20 @@ def embed(args: Sequence[str]) -> int:
     return 1 if result.failures else 0
 
 
+def report(args: Sequence[str]) -> int:
+    """Runs compared on one HTML page: `navit report RUN... --out report.html`."""
+    from navit.report.command import ReportCommand, format_report, run_report
+
+    path, runs = run_report(tyro.cli(ReportCommand, args=args, prog="navit report"))
+    print(format_report(path, runs))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "embed": embed,
+    "report": report,
 }
 
 

@@ -1,8 +1,9 @@
 """Losses of classification: softmax over classes, or one sigmoid a class."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ def label_loss(
     labels: Int64[Tensor, " N"] | Float[Tensor, "N targets"],
     *,
     kind: LabelLoss = "softmax",
+    group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean classification loss over N images, in float32 or better.
 
@@ -23,9 +25,13 @@ def label_loss(
         labels: Class indices, or one target in [0, 1] per class.
         kind: "softmax": cross entropy, over vectors that should sum to 1; "sigmoid": the sum over
             classes of binary cross entropies.
+        group: Ranks that share the loss; None for this process alone. Numbers of images may differ
+            between ranks and may be 0. Every rank of the group must call.
 
     Returns:
-        The loss; 0, connected to the logits, for no image.
+        The mean over all images of all ranks, equal on every rank; 0, connected to the logits, for
+        no image. Each rank's gradients are world_size times its share of the global gradient, so
+        that the averaging of DDP and FSDP makes them exact.
 
     Raises:
         ValueError: If labels are not of the logits' number of classes.
@@ -36,18 +42,41 @@ def label_loss(
     count, classes = logits.shape
     _check(labels, count, classes)
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if not count:
-            return logits.sum()
-        targets = labels
-        if labels.ndim == 2:
-            targets = labels.to(logits.dtype)
-        if kind == "softmax":
-            return F.cross_entropy(logits, targets)
-        if labels.ndim == 1:
-            targets = F.one_hot(labels, classes).to(logits.dtype)
-        total = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-        return total / count
+        total = _total(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, kind)
+        if group is None:
+            return total / max(count, 1)
+        mean: Tensor = _GlobalMean.apply(total, count, group)  # type: ignore[no-untyped-call]
+        return mean
+
+
+def _total(logits: Tensor, labels: Tensor, kind: LabelLoss) -> Tensor:
+    """Sum the losses of all images."""
+    count, classes = logits.shape
+    if not count:
+        return logits.sum()
+    targets = labels.to(logits.dtype) if labels.ndim == 2 else labels
+    if kind == "softmax":
+        return F.cross_entropy(logits, targets, reduction="sum")
+    if labels.ndim == 1:
+        targets = F.one_hot(labels, classes).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+
+
+class _GlobalMean(torch.autograd.Function):
+    """The sum over ranks of their totals, divided by that of their counts."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+        both = torch.stack([total, total.new_tensor(count)])
+        dist.all_reduce(both, group=group)
+        images = both[1].clamp(min=1)
+        ctx.save_for_backward(dist.get_world_size(group) / images)
+        return both[0] / images
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = ctx.saved_tensors
+        return grad_mean * factor, None, None
 
 
 def _check(labels: Tensor, count: int, classes: int) -> None:

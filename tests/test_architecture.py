@@ -14,9 +14,9 @@ from typing import get_args, get_type_hints
 import pytest
 
 from navit.__main__ import COMMANDS as NAVIT_COMMANDS
-from navit.__main__ import EvaluateConfig
 from navit.__main__ import main as navit_main
 from navit.embed.command import EmbedCommand
+from navit.evaluate.command import EvaluateCommand
 from navit.train.config import TrainConfig
 from packer.__main__ import COMMANDS as PACKER_COMMANDS
 from packer.config import PackerConfig
@@ -58,7 +58,7 @@ def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple
 def configurations() -> list[type]:
     """Return every dataclass a user can set: the roots and all that their fields lead to."""
     found: dict[type, None] = {}
-    roots = [PackerConfig, TrainConfig, EvaluateConfig, EmbedCommand]
+    roots = [PackerConfig, TrainConfig, EvaluateCommand, EmbedCommand]
     queue: list[object] = [*roots, *PACKER_COMMANDS.values()]
     while queue:
         kind = queue.pop()

@@ -7,11 +7,13 @@ from typing import Literal, get_args
 from navit.label_loss import LabelLoss
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
 from navit.train.optim import OptimConfig
+from navit.train.parallel import ParallelConfig
 from packer.config import PackerConfig
 from packer.plan.drop import BetaDrop, ConstantDrop
 from packer.plan.resize import RandomCrop, UniformSide
 
 Precision = Literal["auto", "bf16", "fp32"]
+ContrastiveLoss = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class TrainConfig:
     """"contrastive": image-text pairs; "classify": labelled images (a `.cls` in each sample)."""
     num_classes: int = 0
     """Classes of "classify"; 0 counts the subfolders of a folder."""
+    contrastive_loss: ContrastiveLoss = "softmax"
+    """Loss of "contrastive": CLIP's, each image among all texts and back; or SigLIP's, every pair
+    by itself. "sigmoid" starts as SigLIP does (scale 10 without a bound, bias -10), unless
+    `model.init_logit_bias` is set: then as `model` says."""
     label_loss: LabelLoss = "softmax"
     """Loss of "classify": over all classes, or one sigmoid a class (the paper's, for JFT)."""
     init: Path | None = None
@@ -42,6 +48,8 @@ class TrainConfig:
     """Both towers; patch size, text length and vocabulary follow `packer` and the tokenizer."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How a step is shared by ranks and by batches one after another."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
     sequences_per_batch: int = 16
@@ -50,6 +58,9 @@ class TrainConfig:
     """DataLoader workers; 0 loads in the training process."""
     shuffle_window: int = 1024
     """Samples among which a stream draws its next one."""
+    num_streams: int | None = None
+    """Logical streams the shards are dealt to, fixed for a run: at least the largest number of
+    ranks it may go on with; None: ranks x max(workers, 1) of the first start."""
     flip: float = 0.0
     """Probability of a horizontal flip; 0 where captions speak of left and right."""
     color_jitter: float = 0.0
@@ -74,6 +85,8 @@ class TrainConfig:
     """Newest checkpoints kept."""
     max_bad_losses: int = 10
     """Steps in a row with a loss that is not finite after which the run ends."""
+    time_limit: float | None = None
+    """Minutes after which the run saves and ends as on SIGTERM; None: no limit."""
     seed: int = 0
     """Seed of the weights; the data's is `packer.seed`."""
 
@@ -85,11 +98,19 @@ class TrainConfig:
         for name in ("workers", "eval_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if self.num_streams is not None and self.num_streams < 1:
+            raise ValueError(f"num_streams must be at least 1, or None; got {self.num_streams}.")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise ValueError(f"time_limit must be positive, or None; got {self.time_limit}.")
         for name in ("flip", "color_jitter", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
         if self.task not in ("contrastive", "classify"):
             raise ValueError(f"task must be 'contrastive' or 'classify'; got {self.task!r}.")
+        if self.contrastive_loss not in get_args(ContrastiveLoss):
+            raise ValueError(
+                f"contrastive_loss must be 'softmax' or 'sigmoid'; got {self.contrastive_loss!r}."
+            )
         if self.label_loss not in get_args(LabelLoss):
             raise ValueError(f"label_loss must be 'softmax' or 'sigmoid'; got {self.label_loss!r}.")
         if self.precision not in ("auto", "bf16", "fp32"):

@@ -6,17 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from navit.train.parallel import local, sharded_like
+
 
 class Ema:
     """Average over the parameters seen, each update weighing ``decay`` times its successor.
 
     After n updates with parameters p_1 .. p_n the average is
     ``sum_k decay^(n - k) p_k / sum_k decay^(n - k)``: the initial weights have no share, so the
-    average of a young run is not biased towards them. Buffers are not averaged.
+    average of a young run is not biased towards them. Buffers are not averaged. The average of a
+    sharded model (FSDP2) is sharded alike.
 
     Args:
-        model: Gives names, shapes, dtype and device; its present parameters are the average
-            until the first `update`.
+        model: The plain model, after `parallelize`. Gives names, shapes, dtype and device; its
+            present parameters are the average until the first `update`.
         decay: In [0, 1); 0.995 looks back over some 200 steps.
 
     Raises:
@@ -36,13 +39,14 @@ class Ema:
         self.num_updates += 1
         # 1 / sum_k decay^(n - k): the share of the newest parameters; 1 in the first update.
         share = (1 - self.decay) / (1 - self.decay**self.num_updates)
-        torch._foreach_lerp_(list(self.average.values()), list(self._of(model).values()), share)
+        newest = [local(parameter) for parameter in self._of(model).values()]
+        torch._foreach_lerp_([local(value) for value in self.average.values()], newest, share)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the parameters of ``model`` with the average."""
         for name, parameter in self._of(model).items():
-            parameter.copy_(self.average[name])
+            local(parameter).copy_(local(self.average[name]))
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
@@ -54,15 +58,16 @@ class Ema:
         finally:
             with torch.no_grad():
                 for name, parameter in self._of(model).items():
-                    parameter.copy_(own[name])
+                    local(parameter).copy_(local(own[name]))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as ``average/<parameter name>`` and ``num_updates``, not copied."""
         averages = {f"average/{name}": value for name, value in self.average.items()}
         return {**averages, "num_updates": torch.tensor(self.num_updates)}
 
+    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the state by one that `tensors` returned.
+        """Replace the state by one that `tensors` returned, whole or sharded as the model is.
 
         Raises:
             ValueError: If names or shapes differ from this model's. Nothing is changed then.
@@ -77,7 +82,7 @@ class Ema:
             )
         self.num_updates = int(tensors["num_updates"])
         for name, value in self.average.items():
-            value.copy_(tensors[f"average/{name}"])
+            local(value).copy_(local(sharded_like(tensors[f"average/{name}"], value)))
 
     def _of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         parameters = dict(model.named_parameters())

@@ -1,23 +1,21 @@
 """Parameter groups, optimizers and the learning-rate schedule.
 
 Muon orthogonalises the update of a matrix, which suits the hidden matrices of the blocks; what
-meets the outside (embeddings, heads) and everything that is no matrix stays with AdamW.
+meets the outside (embeddings, heads) and everything that is no matrix stays with AdamW. Parameters
+may be sharded (FSDP2): updates and norms are those of the whole ones.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-STATE_KEYS: dict[type[torch.optim.Optimizer], frozenset[str]] = {
-    torch.optim.AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
-    torch.optim.Muon: frozenset({"momentum_buffer"}),
-}
-"""What each optimizer remembers of a parameter between two steps."""
+from navit.train.parallel import is_sharded, local, sharded_like
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,15 @@ class OptimConfig:
     """Muon's peak learning rate, scaled so that updates have the size of AdamW's."""
     weight_decay: float = 0.05
     """Decoupled, times the learning rate; not for vectors, scalars and position tables."""
+    head_weight_decay: float | None = None
+    """Of a classifier's head, in place of `weight_decay`; None: the same. The paper's for JFT are
+    3.0 for the head and 0.03 for the body, at a learning rate of 8e-4."""
+    head_learning_rate_factor: float = 1.0
+    """Times the learning rate, for a classifier's head: above 1 for a new head on a trained
+    tower."""
+    tower_learning_rate_factor: float = 1.0
+    """Times the learning rates, for the image tower: below 1 where it starts from trained
+    weights."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's decay of the first and second moment."""
     muon_momentum: float = 0.95
@@ -48,11 +55,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon'; got {self.optimizer!r}.")
-        for name in ("learning_rate", "muon_learning_rate", "clip_norm"):
+        factors = ("head_learning_rate_factor", "tower_learning_rate_factor")
+        for name in ("learning_rate", "muon_learning_rate", "clip_norm", *factors):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be finite, at least 0; got {self.weight_decay}.")
+        for name in ("weight_decay", "head_weight_decay"):
+            decay = getattr(self, name)
+            if decay is not None and not 0 <= decay < math.inf:
+                raise ValueError(f"{name} must be finite, at least 0; got {decay}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}.")
         if not 0 <= self.muon_momentum < 1:
@@ -107,8 +117,19 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "pos_embed" not in name.split(".")
 
 
+def blank_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return what an optimizer remembers of a parameter before the first step: zeros."""
+    if isinstance(optimizer, torch.optim.Muon):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
 class Optimizers:
-    """One or two optimizers that together train every parameter once, used as one.
+    """One or more optimizers that together train every parameter once, used as one.
 
     Build it with `build_optimizers`.
     """
@@ -123,6 +144,11 @@ class Optimizers:
         self.parameters = parameters
         self.clip_norm = clip_norm
         self._peaks = [group["lr"] for group in self.param_groups]
+        # Now and not at the first step: a checkpoint is read into the state that is there.
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter] = blank_state(optimizer, parameter)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -135,13 +161,14 @@ class Optimizers:
             group["lr"] = peak * multiplier
 
     def step(self) -> float:
-        """Clip the gradients to ``clip_norm`` and update all parameters.
+        """Clip the gradients to ``clip_norm`` and update all parameters; a collective if sharded.
 
         Returns:
-            The norm of all gradients before clipping. If it is not finite nothing is updated,
-            neither parameters nor optimizer state: the caller counts a skipped step.
+            The norm of all gradients before clipping, equal on every rank. If it is not finite
+            nothing is updated, neither parameters nor optimizer state: the caller counts a skipped
+            step.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm).item()
+        norm = clip_gradients(list(self.parameters.values()), self.clip_norm)
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -155,7 +182,8 @@ class Optimizers:
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole state as ``<parameter name>/<state name>`` -> tensor, not copied.
 
-        Learning rates are no state: they follow from the step by `set_lr`.
+        It is complete from the start, and sharded as the parameters are. Learning rates are no
+        state: they follow from the step by `set_lr`.
         """
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return {
@@ -165,51 +193,76 @@ class Optimizers:
             for key, value in state.items()
         }
 
+    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state by one that `tensors` returned; training goes on bit-identically.
+
+        Args:
+            tensors: Whole, or sharded as the parameters are. Parameters without a state start anew.
 
         Raises:
             ValueError: If a tensor belongs to no parameter, a parameter's state is not complete,
                 or a shape differs. Nothing is changed then.
         """
-        states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for name, tensor in tensors.items():
-            parameter_name, _, key = name.rpartition("/")
-            states[parameter_name][key] = tensor
-        self._check_states(states)
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        for optimizer in self.optimizers:
-            # torch numbers the parameters through all groups of one optimizer.
-            ordered = [p for group in optimizer.param_groups for p in group["params"]]
-            state = {
-                index: {key: value.clone() for key, value in states[names[id(p)]].items()}
-                for index, p in enumerate(ordered)
-                if names[id(p)] in states
-            }
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        own = self.tensors()
+        self._check_states(tensors, own)
+        for name, value in own.items():
+            if name in tensors:
+                local(value).copy_(local(sharded_like(tensors[name], value)))
+            else:
+                local(value).zero_()
 
-    def _check_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        keys = {
-            id(parameter): STATE_KEYS[type(optimizer)]
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for name, state in states.items():
-            parameter = self.parameters.get(name)
-            expected = frozenset() if parameter is None else keys[id(parameter)]
-            if parameter is None or state.keys() != expected:
+    def _check_states(self, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        expected, given = (_by_parameter(tensors) for tensors in (own, found))
+        for name, state in given.items():
+            wanted = expected.get(name, {})
+            if state.keys() != wanted.keys():
                 raise ValueError(
-                    f"Optimizer state of {name!r} must hold {sorted(expected)}; found "
+                    f"Optimizer state of {name!r} must hold {sorted(wanted)}; found "
                     f"{sorted(state)}. Resume with the model and optimizer of the checkpoint."
                 )
-            shapes = {key: tuple(value.shape) for key, value in state.items() if key != "step"}
-            if any(shape != tuple(parameter.shape) for shape in shapes.values()):
+            if state != wanted:
+                shape = tuple(self.parameters[name].shape)
                 raise ValueError(
-                    f"Optimizer state of {name!r} must have shape {tuple(parameter.shape)}; found "
-                    f"{shapes}. Resume with the model of the checkpoint."
+                    f"Optimizer state of {name!r} must have shape {shape}; found {state}. Resume "
+                    "with the model of the checkpoint."
                 )
+
+
+def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Sort the shapes of a state by parameter."""
+    states: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        states[parameter_name][key] = tuple(tensor.shape)
+    return states
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale all gradients together so that their norm is at most ``limit``.
+
+    Args:
+        parameters: Whole or sharded; a collective if any is sharded.
+        limit: The largest norm.
+
+    Returns:
+        The norm before, equal on every rank.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    sharded = [grad for grad in grads if is_sharded(grad)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, limit).item()
+    # As parts: lists of torch's fused operations must not hold both kinds.
+    parts = [local(grad) for grad in sharded]
+    rest = [grad for grad in grads if not is_sharded(grad)]
+    squared = nn.utils.get_total_norm(parts).double() ** 2
+    dist.all_reduce(squared, group=sharded[0].device_mesh.get_group())
+    if rest:
+        squared += nn.utils.get_total_norm(rest).double() ** 2
+    norm = squared.sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
+    torch._foreach_mul_([*parts, *rest], factor.to(parts[0].dtype))
+    return norm.item()
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
@@ -221,8 +274,10 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     AdamW's meaning.
 
     Args:
-        model: Its parameters' names decide: see `is_hidden_matrix` and `is_decayed`.
-        config: Optimizer, peak learning rates, weight decay and clipping.
+        model: The plain model, after `parallelize`. Its parameters' names decide: see
+            `is_hidden_matrix` and `is_decayed`; ``head.`` is a classifier's head, ``vision.`` the
+            image tower.
+        config: Optimizer, peak learning rates, weight decays and clipping.
 
     Raises:
         ValueError: If no parameter of the model is trainable.
@@ -232,31 +287,48 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("The model must have a trainable parameter; all are frozen.")
-    hidden: list[nn.Parameter] = []
-    rest: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[bool, bool], dict[tuple[float, float], list[nn.Parameter]]] = {}
     for name, parameter in parameters.items():
-        if config.optimizer == "muon" and is_hidden_matrix(name, parameter):
-            hidden.append(parameter)
-        else:
-            rest[is_decayed(name, parameter)].append(parameter)
-    optimizers: list[torch.optim.Optimizer] = []
-    if hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                hidden,
-                lr=config.muon_learning_rate,
-                weight_decay=config.weight_decay,
-                momentum=config.muon_momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
+        hidden = config.optimizer == "muon" and is_hidden_matrix(name, parameter)
+        # torch's fused updates take no list of both sharded and whole tensors.
+        kind = groups.setdefault((hidden, is_sharded(parameter)), {})
+        rate, decay = _rate_and_decay(name, parameter, config, hidden=hidden)
+        kind.setdefault((rate, decay), []).append(parameter)
+    optimizers = [
+        _optimizer(
+            [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in found.items()],
+            config,
+            hidden=hidden,
+            sharded=sharded,
         )
-    groups = [
-        {"params": group, "weight_decay": config.weight_decay if decayed else 0.0}
-        for decayed, group in rest.items()
-        if group
+        for (hidden, sharded), found in sorted(groups.items(), reverse=True)
     ]
-    if groups:
-        optimizers.append(
-            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-        )
     return Optimizers(optimizers, parameters, config.clip_norm)
+
+
+def _rate_and_decay(
+    name: str, parameter: Tensor, config: OptimConfig, *, hidden: bool
+) -> tuple[float, float]:
+    part = name.split(".")[0]
+    factors = {
+        "head": config.head_learning_rate_factor,
+        "vision": config.tower_learning_rate_factor,
+    }
+    rate = config.muon_learning_rate if hidden else config.learning_rate
+    decay = config.weight_decay
+    if part == "head" and config.head_weight_decay is not None:
+        decay = config.head_weight_decay
+    return rate * factors.get(part, 1.0), decay if is_decayed(name, parameter) else 0.0
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, *, hidden: bool, sharded: bool
+) -> torch.optim.Optimizer:
+    if not hidden:
+        return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    kind = torch.optim.Muon
+    if sharded:
+        from navit.train.muon import ShardedMuon
+
+        kind = ShardedMuon
+    return kind(groups, momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")

@@ -12,7 +12,7 @@ from navit.evaluate.run import Evaluation, evaluate_clip
 from navit.model import CLIP
 from navit.model.classifier import Classifier, ClassifierConfig
 from navit.serialize import from_plain
-from navit.train.checkpoint import find_checkpoint, load_checkpoint
+from navit.train.checkpoint import find_checkpoint, load_tensors, read_state, stored_tensors
 from navit.train.config import TrainConfig
 from navit.train.ema import Ema
 from navit.train.tasks import CLASSES_FILE
@@ -71,8 +71,7 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
         FileNotFoundError: If there is no checkpoint.
     """
     folder = find_checkpoint(path)
-    checkpoint = load_checkpoint(folder, groups=("model", "ema"))
-    config = from_plain(TrainConfig, checkpoint.state["config"])
+    config = from_plain(TrainConfig, read_state(folder)["config"])
     model: CLIP | Classifier
     tokenizer = classes = None
     if config.task == "classify":
@@ -82,9 +81,9 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
     else:
         model = CLIP(config.model)
         tokenizer = CaptionTokenizer.from_file(folder / "tokenizer.json")
-    model.load_state_dict(checkpoint.tensors["model"])
-    if averaged and "ema" in checkpoint.tensors:
+    load_tensors(folder, {"model": model.state_dict()})  # into the model's own memory
+    if averaged and "ema" in stored_tensors(folder):
         average = Ema(model)
-        average.load_tensors(checkpoint.tensors["ema"])
+        load_tensors(folder, {"ema": average.tensors()})
         average.copy_to(model)
     return Trained(model, tokenizer, config, classes)

@@ -9,6 +9,8 @@ import torch
 
 from navit.train.checkpoint import has_checkpoint
 from navit.train.config import TrainConfig
+from navit.train.ranks import World
+from navit.train.stops import from_main
 from packer.captions import CaptionTokenizer
 from packer.demo import ensure_demo
 from packer.errors import SkipSample
@@ -114,6 +116,13 @@ def resolve_tokenizer(config: TrainConfig, run: Path, shards: Sequence[str]) -> 
     run.mkdir(parents=True, exist_ok=True)
     tokenizer.save(stored)
     return tokenizer
+
+
+def tokenizer_of_all(
+    config: TrainConfig, run: Path, shards: Sequence[str], world: World
+) -> CaptionTokenizer:
+    """Return on every rank the tokenizer that rank 0 resolves, and no other rank trains."""
+    return from_main(world, lambda: resolve_tokenizer(config, run, shards))
 
 
 def _captions(config: TrainConfig, shards: Sequence[str]) -> Iterator[str]:

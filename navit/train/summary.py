@@ -1,13 +1,14 @@
 """What is printed and drawn when a run ends."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from navit.evaluate.encode import EncodedPairs
+from navit.evaluate.report import format_metrics
 from navit.evaluate.run import Evaluation
 from navit.train.loop import TrainResult
 from navit.train.metrics import read_metrics
@@ -46,33 +47,8 @@ def draw_nearest(pairs: EncodedPairs, shards: Sequence[str], path: Path) -> None
 def format_evaluation(found: Evaluation) -> str:
     """Lay out what an evaluation found, of image-text pairs or of classes."""
     if found.pairs is not None:
-        return format_metrics(found.metrics, num_pairs=len(found.pairs.keys))
-    lines = [f"{f'classification of {found.stats.images:,} images':<34}{'share':>8}"]
-    lines += [f"{name:<34}{value:>8.1%}" for name, value in found.metrics.items()]
-    return "\n".join(lines)
-
-
-def format_metrics(metrics: Mapping[str, float], *, num_pairs: int) -> str:
-    """Lay out evaluation metrics as a table, shares in percent."""
-    title = f"retrieval over {num_pairs:,} pairs"
-    lines = [f"{title:<34}{'R@1':>8}{'R@5':>8}{'R@10':>8}"]
-    for title, prefix in (
-        ("image to text", "image_to_text"),
-        ("text to image", "text_to_image"),
-        ("  chance", "chance/text_to_image"),
-    ):
-        values = (metrics[f"{prefix}/recall@{k}"] for k in (1, 5, 10))
-        lines.append(f"{title:<34}" + "".join(f"{value:>8.1%}" for value in values))
-    sets = [name.removesuffix("/prompt_accuracy@1") for name in metrics if name.endswith("y@1")]
-    sets = [name for name in sets if not name.endswith("/shape_accuracy@1")]
-    if sets:
-        lines.append(f"{'caption-prompt accuracy':<34}{'top 1':>8}{'top 5':>8}{'shape':>8}")
-    for name in sets:
-        shape = metrics.get(f"{name}/shape_accuracy@1")
-        shown = f"{shape:>8.1%}" if shape is not None else f"{'-':>8}"
-        top1, top5 = (metrics[f"{name}/prompt_accuracy@{k}"] for k in (1, 5))
-        lines.append(f"{'  ' + name:<34}{top1:>8.1%}{top5:>8.1%}{shown}")
-    return "\n".join(lines)
+        return format_metrics(found.metrics, title=f"{len(found.pairs.keys):,} pairs")
+    return format_metrics(found.metrics, title=f"{found.stats.images:,} images")
 
 
 def format_run(result: TrainResult) -> str:

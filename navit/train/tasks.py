@@ -3,6 +3,7 @@
 The loop knows nothing of captions or classes; it asks a task.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,25 +11,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from jaxtyping import Int64
+from torch import Tensor
 
 from navit.evaluate.classify import evaluate_classifier, labelled_pass
 from navit.evaluate.encode import read_metadata
 from navit.evaluate.prompts import class_label
 from navit.evaluate.run import Evaluation, evaluate_clip
 from navit.label_loss import label_loss
-from navit.loss import contrastive_loss
+from navit.loss import contrastive_loss, sigmoid_loss
 from navit.model import CLIP
 from navit.model.classifier import Classifier, ClassifierConfig
-from navit.model.config import NaViTConfig
+from navit.model.clip import CLIPOutput
+from navit.model.config import CLIPConfig, NaViTConfig
+from navit.model.vision import PretrainedModel
 from navit.train.config import TrainConfig
 from navit.train.data import FolderData, StreamData, TrainData
-from navit.train.setup import is_folder_run, resolve_tokenizer
+from navit.train.ranks import World, alone
+from navit.train.setup import is_folder_run, tokenizer_of_all
 from packer.batch import PackedBatch
 from packer.captions import CaptionTokenizer
 from packer.folder import ImageFolder
 
+Output = CLIPOutput | Tensor
+"""What a task's model returns for a batch."""
 CLASSES_FILE = "classes.txt"
 SHAPE_SHARDS = 32
 """Training shards read for the shape-only baseline: thousands of samples are enough for it."""
@@ -47,28 +56,45 @@ class Task(Protocol):
         """Turns captions into tokens; None where there are none."""
 
     @property
-    def model(self) -> nn.Module:
-        """The model, made on the CPU."""
+    def model(self) -> PretrainedModel[Any]:
+        """The plain model, made on the CPU: also where training calls a wrapper around it."""
+
+    @property
+    def couples_images(self) -> bool:
+        """Whether an image's loss depends on the other images (contrastive)."""
 
     @property
     def source(self) -> str:
         """What is trained on, in a few words."""
 
-    def make_data(
-        self, shards: Sequence[str], device: torch.device, stored: Mapping[str, Any] | None
-    ) -> TrainData:
-        """Return the training batches, continued from a stored position."""
+    def make_data(self, shards: Sequence[str], stored: Mapping[str, Any] | None) -> TrainData:
+        """Return this rank's training batches, continued from a stored position."""
 
-    def loss(self, batch: PackedBatch) -> Tensor:
-        """Return the loss of a batch on the model's device; under autocast as the caller set it."""
+    def loss(
+        self, output: Output, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """Return the mean loss over all images of the batches and of all ranks of a group.
+
+        It is equal on every rank, and each rank's gradients are world_size times its share of the
+        global gradient, as in `navit.loss`.
+
+        Args:
+            output: Of the model, one row for each image of the batches, in their order.
+            batches: Where captions and labels are.
+            group: The ranks; None for this process alone.
+        """
 
     def after_step(self) -> None:
         """Keep the model within its bounds after an optimizer step."""
 
     def evaluate(
-        self, shards: Sequence[str], device: torch.device, autocast_dtype: torch.dtype | None
+        self,
+        model: Any,
+        shards: Sequence[str],
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
     ) -> Evaluation:
-        """Measure the model on validation shards."""
+        """Measure a model on validation shards: `model`, or a whole copy of a sharded one."""
 
     def readings(self) -> Mapping[str, float]:
         """Return what metrics.jsonl should say of the model after a step."""
@@ -80,16 +106,21 @@ class Task(Protocol):
 class ContrastiveTask:
     """Image-text pairs: a CLIP, trained so that an image and its caption meet."""
 
-    def __init__(self, config: TrainConfig, run: Path, train_shards: Sequence[str]) -> None:
-        self.run, self.train_shards = run, train_shards
-        self.tokenizer = resolve_tokenizer(config, run, train_shards)
+    couples_images = True
+
+    def __init__(
+        self, config: TrainConfig, run: Path, train_shards: Sequence[str], world: World
+    ) -> None:
+        self.run, self.train_shards, self.world = run, train_shards, world
+        self.tokenizer = tokenizer_of_all(config, run, train_shards, world)
         text = replace(
             config.model.text,
             vocab_size=self.tokenizer.vocab_size,
             max_tokens=config.packer.max_text_tokens,
         )
         vision, weights = start_of_tower(config)
-        self.config = replace(config, model=replace(config.model, vision=vision, text=text))
+        model = replace(start_of_scores(config), vision=vision, text=text)
+        self.config = replace(config, model=model)
         torch.manual_seed(config.seed)
         self.model = CLIP(self.config.model)
         if weights is not None:
@@ -100,25 +131,26 @@ class ContrastiveTask:
         """The number of shards."""
         return f"{len(self.train_shards)} shards"
 
-    def make_data(
-        self, shards: Sequence[str], device: torch.device, stored: Mapping[str, Any] | None
-    ) -> TrainData:
+    def make_data(self, shards: Sequence[str], stored: Mapping[str, Any] | None) -> TrainData:
         """Stream the pairs of the shards."""
-        return StreamData(
-            self.config, shards, device, need="caption", tokenizer=self.tokenizer, stored=stored
-        )
+        kind: dict[str, Any] = {"need": "caption", "tokenizer": self.tokenizer}
+        return StreamData(self.config, shards, self.world, **kind, stored=stored)
 
-    def loss(self, batch: PackedBatch) -> Tensor:
-        """Return the contrastive loss; equal captions are not negatives of each other."""
-        output = self.model(batch)
-        device = output.image.device
-        with torch.autocast(device.type, enabled=False):
+    def loss(
+        self, output: Output, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """Return the contrastive loss; equal captions are not negatives of the softmax."""
+        assert isinstance(output, CLIPOutput), "the model is a CLIP"
+        image, text, scale, bias = output.image, output.text, output.logit_scale, output.logit_bias
+        chunk_size = self.config.loss_chunk
+        with torch.autocast(image.device.type, enabled=False):
+            if self.config.contrastive_loss == "sigmoid":
+                assert bias is not None, "start_of_scores gives the sigmoid its bias"
+                return sigmoid_loss(image, text, scale, bias, chunk_size=chunk_size, group=group)
+            ids = text_ids([caption for batch in batches for caption in batch.texts or ()])
+            ids = ids.to(image.device, non_blocking=True)
             return contrastive_loss(
-                output.image,
-                output.text,
-                output.logit_scale,
-                chunk_size=self.config.loss_chunk,
-                text_ids=_text_ids(batch).to(device, non_blocking=True),
+                image, text, scale, chunk_size=chunk_size, text_ids=ids, group=group
             )
 
     def after_step(self) -> None:
@@ -126,11 +158,15 @@ class ContrastiveTask:
         self.model.limit_logit_scale_()
 
     def evaluate(
-        self, shards: Sequence[str], device: torch.device, autocast_dtype: torch.dtype | None
+        self,
+        model: CLIP,
+        shards: Sequence[str],
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
     ) -> Evaluation:
         """Measure retrieval and caption-prompt accuracy."""
         return evaluate_clip(
-            self.model,
+            model,
             self.tokenizer,
             shards,
             self.config.packer,
@@ -142,8 +178,11 @@ class ContrastiveTask:
         )
 
     def readings(self) -> Mapping[str, float]:
-        """Return the multiplier of the similarities."""
-        return {"logit_scale": float(self.model.logit_scale.detach())}
+        """Return the multiplier of the similarities, and their bias where there is one."""
+        found = {"logit_scale": float(self.model.logit_scale.detach())}
+        if self.model.logit_bias is not None:
+            found["logit_bias"] = float(self.model.logit_bias.detach())
+        return found
 
     def files(self) -> dict[str, str]:
         """Return the tokenizer."""
@@ -164,8 +203,10 @@ class ClassifyTask:
     """Labelled images: an image tower with a linear head, softmax or the paper's sigmoid loss."""
 
     tokenizer = None
+    couples_images = False
 
-    def __init__(self, config: TrainConfig, train_shards: Sequence[str]) -> None:
+    def __init__(self, config: TrainConfig, train_shards: Sequence[str], world: World) -> None:
+        self.world = world
         self.folder = ImageFolder.read(train_shards[0]) if is_folder_run(config) else None
         self.source = f"{len(train_shards)} shards"
         if self.folder is not None:
@@ -192,29 +233,39 @@ class ClassifyTask:
         if weights is not None:
             self.model.vision.load_state_dict(weights)
 
-    def make_data(
-        self, shards: Sequence[str], device: torch.device, stored: Mapping[str, Any] | None
-    ) -> TrainData:
+    def make_data(self, shards: Sequence[str], stored: Mapping[str, Any] | None) -> TrainData:
         """Stream the labelled images of the shards, or plan the folder's epochs."""
         if self.folder is not None:
-            return FolderData(self.config, self.folder, device, stored=stored)
-        return StreamData(self.config, shards, device, need="label", tokenizer=None, stored=stored)
+            return FolderData(self.config, self.folder, self.world, stored=stored)
+        kind: dict[str, Any] = {"need": "label", "tokenizer": None}
+        return StreamData(self.config, shards, self.world, **kind, stored=stored)
 
-    def loss(self, batch: PackedBatch) -> Tensor:
-        """Return the mean loss over the images of the batch."""
-        assert batch.labels is not None, "a stream that needs labels gives no image without one"
-        return label_loss(self.model(batch), batch.labels, kind=self.config.label_loss)
+    def loss(
+        self, output: Output, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """Return the loss of the labels."""
+        assert isinstance(output, Tensor), "the model is a classifier"
+        filled = [batch for batch in batches if batch.num_images]  # an empty one may have no kind
+        labels = [batch.labels for batch in filled if batch.labels is not None]
+        assert len(labels) == len(filled), "data that needs labels skips images without"
+        together = torch.cat(labels or [torch.zeros(0, dtype=torch.int64)])
+        together = together.to(output.device, non_blocking=True)
+        return label_loss(output, together, kind=self.config.label_loss, group=group)
 
     def after_step(self) -> None:
         """Nothing is bounded."""
 
     def evaluate(
-        self, shards: Sequence[str], device: torch.device, autocast_dtype: torch.dtype | None
+        self,
+        model: Classifier,
+        shards: Sequence[str],
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
     ) -> Evaluation:
         """Measure accuracy."""
         classes = None if self.folder is None else self.folder.classes
         return evaluate_classifier(
-            self.model,
+            model,
             labelled_pass(
                 shards, self.config.packer, self.config.sequences_per_batch, classes=classes
             ),
@@ -232,11 +283,21 @@ class ClassifyTask:
         return {CLASSES_FILE: "\n".join(self.folder.classes) + "\n"} if self.folder else {}
 
 
-def make_task(config: TrainConfig, run: Path, train_shards: Sequence[str]) -> Task:
-    """Return the task a configuration names."""
+def make_task(
+    config: TrainConfig, run: Path, train_shards: Sequence[str], world: World | None = None
+) -> Task:
+    """Return the task a configuration names.
+
+    Args:
+        config: The run's settings.
+        run: The run folder.
+        train_shards: Paths of the shards, or the one folder.
+        world: The ranks, all of which call this; None is a process alone, on the CPU.
+    """
+    world = alone(torch.device("cpu")) if world is None else world
     if config.task == "classify":
-        return ClassifyTask(config, train_shards)
-    return ContrastiveTask(config, run, train_shards)
+        return ClassifyTask(config, train_shards, world)
+    return ContrastiveTask(config, run, train_shards, world)
 
 
 def start_of_tower(config: TrainConfig) -> tuple[NaViTConfig, dict[str, Tensor] | None]:
@@ -269,8 +330,26 @@ def start_of_tower(config: TrainConfig) -> tuple[NaViTConfig, dict[str, Tensor] 
     return kept, tower.state_dict()
 
 
-def _text_ids(batch: PackedBatch) -> Tensor:
-    """Number the captions of a batch so that equal captions share a number: int64 (N,)."""
-    numbers: dict[str, int] = {}
-    texts = batch.texts or ()
-    return torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts])
+def start_of_scores(config: TrainConfig) -> CLIPConfig:
+    """Return the configuration of a CLIP whose scores start as the loss asks for.
+
+    Source: SigLIP (arXiv:2303.15343), section 3.2: scale 10 and bias -10, so that the many
+    negatives cost little at the start. Its scale has no bound.
+    """
+    model = config.model
+    if config.contrastive_loss != "sigmoid" or model.init_logit_bias is not None:
+        return model
+    return replace(model, init_logit_scale=10.0, max_logit_scale=None, init_logit_bias=-10.0)
+
+
+def text_ids(texts: Sequence[str]) -> Int64[Tensor, " N"]:
+    """Number captions so that equal ones share a number, on every rank and in every batch.
+
+    The numbers are the first 64 bits of a digest: of a million captions two different ones share
+    one with a probability of 3e-8.
+    """
+    digests = b"".join(
+        hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+        for text in texts
+    )
+    return torch.from_numpy(np.frombuffer(digests, dtype="<i8").astype(np.int64))

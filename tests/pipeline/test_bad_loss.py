@@ -1,5 +1,6 @@
 """A loss that is not finite: the step is left out and counted, and too many of them end the run."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,19 @@ def make_trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(config, run)
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> dict[int, PackedBatch]:
-    """Multiply the loss of some steps; return the batches of all steps, as they come."""
-    seen: dict[int, PackedBatch] = {}
-    loss = Trainer._loss
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, trainer: Trainer, factors: dict[int, float]
+) -> dict[int, list[str]]:
+    """Multiply the loss of some steps; return the keys of all steps' batches, as they come."""
+    seen: dict[int, list[str]] = {}
+    loss = trainer.task.loss
 
-    def spoiled(self: Trainer, batch: PackedBatch) -> torch.Tensor:
-        seen[self.step] = batch
-        return loss(self, batch) * factors.get(self.step, 1.0)
+    def spoiled(output: Any, batches: Sequence[PackedBatch], group: Any) -> torch.Tensor:
+        step = trainer.state.step
+        seen[step] = [key for batch in batches for key in batch.keys]
+        return loss(output, batches, group) * factors.get(step, 1.0)
 
-    monkeypatch.setattr(Trainer, "_loss", spoiled)
+    monkeypatch.setattr(trainer.task, "loss", spoiled)
     return seen
 
 
@@ -60,13 +64,13 @@ def test_a_nan_or_inf_loss_is_a_step_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path)
-    batches = spoil(monkeypatch, {2: float("nan"), 3: float("inf"), 5: float("-inf")})
-    weights = [torch.cat([p.detach().flatten() for p in trainer.model.parameters()])]
+    keys = spoil(monkeypatch, trainer, {2: float("nan"), 3: float("inf"), 5: float("-inf")})
+    weights = [torch.cat([p.detach().flatten() for p in trainer.state.model.parameters()])]
     step = Trainer._step
 
     def watched(self: Trainer, *arguments: Any) -> None:
         step(self, *arguments)
-        weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in self.state.model.parameters()]))
 
     monkeypatch.setattr(Trainer, "_step", watched)
     trainer.train(progress=False)
@@ -74,11 +78,11 @@ def test_a_nan_or_inf_loss_is_a_step_skipped_and_counted(
     unchanged = [torch.equal(a, b) for a, b in pairwise(weights)]
     assert unchanged == [False, True, True, False, True, False]
     assert bool(weights[-1].isfinite().all())
-    assert trainer.bad_losses == 3
+    assert trainer.state.bad_losses == 3
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     bad = [line for line in lines if line["event"] == "bad_loss"]
     assert [(line["step"], line["loss"]) for line in bad] == [(2, "nan"), (3, "inf"), (5, "-inf")]
-    assert [line["keys"] for line in bad] == [list(batches[i].keys) for i in (2, 3, 5)]
+    assert [line["keys"] for line in bad] == [keys[i] for i in (2, 3, 5)]
     assert [line["step"] for line in lines if line["event"] == "train"] == [1, 4, 6]
 
 
@@ -87,10 +91,10 @@ def test_k_bad_losses_in_a_row_end_the_run_with_the_keys_of_the_batches_written_
 ) -> None:
     trainer = make_trainer(tmp_path, max_bad_losses=2)
     nan = float("nan")
-    batches = spoil(monkeypatch, {1: nan, 3: nan, 4: nan})
+    keys = spoil(monkeypatch, trainer, {1: nan, 3: nan, 4: nan})
     with pytest.raises(NonFiniteLoss, match=r"one was nan in the last of 2 bad .*metrics\.jsonl"):
         trainer.train(progress=False)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     bad = {line["step"]: line["keys"] for line in lines if line["event"] == "bad_loss"}
-    assert bad == {i: list(batches[i].keys) for i in (1, 3, 4)}
+    assert bad == {i: keys[i] for i in (1, 3, 4)}
     assert all(key.startswith("s-00000.tar/") for keys in bad.values() for key in keys)

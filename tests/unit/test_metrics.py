@@ -1,9 +1,24 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from navit.train.metrics import MetricsLog, Throughput, read_metrics
+from navit.train.metrics import MetricsLog, Throughput, memory_mib, read_metrics
+from navit.train.ranks import World, alone
 from packer import BatchStats
+
+CPU = torch.device("cpu")
+
+
+class Gathered(World):
+    """A rank among others whose values are given."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return this rank's value with those of a twin whose steps took half the time."""
+        usage, peak, memory = value
+        twin = type(usage)(usage.stats, usage.waited, usage.seconds / 2, 2 * usage.flops)
+        return [value, (twin, peak, {"rss_mib": memory["rss_mib"] + 1})]
 
 
 def test_lines_are_read_back_and_events_are_written(tmp_path: Path) -> None:
@@ -36,21 +51,59 @@ def test_a_resumed_log_forgets_the_steps_after_its_checkpoint(tmp_path: Path) ->
     ]
 
 
+def test_a_log_that_is_not_enabled_leaves_nothing(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "run", enabled=False) as log:
+        log.write("train", 1, {"loss": 1.0})
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_log_that_does_not_exist_is_empty(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_rates_are_counts_over_the_seconds_of_the_steps_since_the_last_reading() -> None:
-    timed = Throughput()
-    timed.add(BatchStats(images=10, tokens=90, places=100), waited=0.5, seconds=1.0)
-    timed.add(BatchStats(images=10, tokens=100, places=100), waited=0.5, seconds=1.0)
+    timed = Throughput(alone(CPU), peak=1000.0)
+    counts = {"images": 10, "places": 100, "tokens_before_drop": 125}
+    timed.add(BatchStats(tokens=90, **counts), waited=0.5, seconds=1.0, flops=400)
+    timed.add(BatchStats(tokens=100, **counts), waited=0.5, seconds=1.0, flops=600)
 
     first = timed.read()
     timed.add(BatchStats(images=4, tokens=100, places=100), waited=0.0, seconds=4.0)
+    second = timed.read()
 
+    assert first.pop("rss_mib") > 1
     assert first == pytest.approx(
-        {"images_per_second": 10, "tokens_per_second": 95, "padding": 0.05, "data_wait": 0.5}
+        {
+            "images_per_second": 10,
+            "tokens_per_second": 95,
+            "padding": 0.05,
+            "drop_rate": 0.24,
+            "data_wait": 0.5,
+            "mfu": 0.5,
+        }
     )
-    assert timed.read() == pytest.approx(
-        {"images_per_second": 1, "tokens_per_second": 25, "padding": 0, "data_wait": 0}
-    )
+    assert (second["images_per_second"], second["tokens_per_second"]) == (1, 25)
+    assert (second["padding"], second["data_wait"], second["mfu"]) == (0, 0, 0)
+
+
+def test_rates_of_several_ranks_are_those_of_all_together() -> None:
+    timed = Throughput(Gathered(0, 2, 0, CPU, None), peak=1000.0)
+    counts = {"images": 10, "places": 100, "tokens_before_drop": 100}
+    timed.add(BatchStats(tokens=80, **counts), waited=0.5, seconds=4.0, flops=1500)
+
+    rates = timed.read()
+
+    assert rates["images_per_second"] == pytest.approx(20 / 3)  # in 3 seconds on average
+    assert rates["tokens_per_second"] == pytest.approx(160 / 3)
+    assert (rates["padding"], rates["drop_rate"]) == pytest.approx((0.2, 0.2))
+    assert rates["data_wait"] == pytest.approx(1 / 6)
+    assert rates["mfu"] == pytest.approx(4500 / 3 / 2000)
+    assert rates["rss_mib"] == pytest.approx(memory_mib(CPU)["rss_mib"] + 1, abs=50)
+
+
+def test_without_a_peak_there_is_no_utilization() -> None:
+    timed = Throughput(alone(CPU))
+    timed.add(BatchStats(images=1, tokens=1, places=1), waited=0.0, seconds=1.0, flops=5)
+
+    assert "mfu" not in timed.read()

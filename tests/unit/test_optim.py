@@ -97,6 +97,36 @@ def test_vectors_scalars_and_position_tables_do_not_decay() -> None:
     assert free == {"logit_scale", *towers}
 
 
+def test_head_and_image_tower_have_rates_and_decay_of_their_own() -> None:
+    """NaViT, training details: on JFT weight decay 3.0 for the head and 0.03 for the body."""
+    model = Model()
+    model.head = nn.Linear(4, 3)
+    config = OptimConfig(
+        learning_rate=8e-4,
+        muon_learning_rate=1e-3,
+        weight_decay=0.03,
+        head_weight_decay=3.0,
+        head_learning_rate_factor=5.0,
+        tower_learning_rate_factor=0.5,
+    )
+    optimizers = build_optimizers(model, config)
+    names = {id(parameter): name for name, parameter in optimizers.parameters.items()}
+    found = {
+        names[id(p)]: (round(group["lr"], 9), group["weight_decay"])
+        for group in optimizers.param_groups
+        for p in group["params"]
+    }
+
+    assert found["head.weight"] == (4e-3, 3.0)
+    assert found["head.bias"] == (4e-3, 0.0)
+    assert found["vision.token_embed.weight"] == (4e-4, 0.03)
+    assert found["vision.pos_embed.weight"] == (4e-4, 0.0)
+    assert found["vision.blocks.1.qkv.weight"] == (5e-4, 0.03)
+    assert found["text.blocks.1.qkv.weight"] == (1e-3, 0.03)
+    assert found["image_proj.weight"] == (8e-4, 0.03)
+    assert found.keys() == dict(model.named_parameters()).keys()
+
+
 def test_frozen_parameters_are_left_out_and_never_move() -> None:
     model = Model()
     model.vision.requires_grad_(False)
@@ -241,7 +271,22 @@ def test_loading_copies_and_replaces_what_was_there() -> None:
     assert_same(state, kept)
 
     optimizers.load_tensors({})
-    assert optimizers.tensors() == {}
+    assert all(not value.any() for value in optimizers.tensors().values())
+
+
+def test_the_state_is_complete_from_the_start_and_starts_as_torch_starts_it() -> None:
+    """A checkpoint is read into the state that is there."""
+    model, lazy = Model(), Model()
+    optimizers, again = (build_optimizers(m, OptimConfig()) for m in (model, lazy))
+    for optimizer in again.optimizers:
+        optimizer.state.clear()
+    names = optimizers.tensors().keys()
+    train(model, optimizers, range(2))
+    train(lazy, again, range(2))
+
+    assert names == optimizers.tensors().keys()
+    assert_same(model.state_dict(), lazy.state_dict())
+    assert_same(optimizers.tensors(), again.tensors())
 
 
 def test_state_of_another_model_or_optimizer_is_refused() -> None:
@@ -266,6 +311,9 @@ def test_state_of_another_model_or_optimizer_is_refused() -> None:
         {"learning_rate": 0.0},
         {"muon_learning_rate": -1.0},
         {"weight_decay": -0.1},
+        {"head_weight_decay": math.inf},
+        {"head_learning_rate_factor": 0.0},
+        {"tower_learning_rate_factor": -1.0},
         {"betas": (0.9, 1.0)},
         {"muon_momentum": 1.0},
         {"warmup_steps": -1},

@@ -14,6 +14,9 @@ from navit.train.setup import resolve_run, resolve_shards
         ({"workers": -1}, "workers must not be negative; got -1"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\); got 1.0"),
         ({"precision": "fp8"}, "precision must be 'auto', 'bf16' or 'fp32'; got 'fp8'"),
+        ({"contrastive_loss": "hinge"}, "must be 'softmax' or 'sigmoid'; got 'hinge'"),
+        ({"time_limit": 0.0}, "time_limit must be positive, or None; got 0.0"),
+        ({"num_streams": 0}, "num_streams must be at least 1, or None; got 0"),
         ({"val": ("v.tar",)}, "val needs shards"),
     ],
 )

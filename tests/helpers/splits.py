@@ -1,0 +1,167 @@
+"""One global batch of a step, split in different ways over ranks and batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
+from navit.train.config import TrainConfig
+from navit.train.parallel import ParallelConfig, parallelize, whole
+from navit.train.ranks import World, alone
+from navit.train.step import gradients
+from navit.train.tasks import ClassifyTask, ContrastiveTask
+from packer.batch import PackedBatch, PackedText
+from packer.captions import CaptionTokenizer
+from packer.config import PackerConfig
+from tests.helpers.batches import pack_images, random_images
+from tests.helpers.distributed import CPU
+from tests.reference import contrastive as reference
+
+Split = tuple[tuple[tuple[int, ...], ...], ...]
+"""Samples of each rank's batches: split[rank][batch] -> samples."""
+PATCH_SIZE, NUM_SAMPLES, NUM_CLASSES, NUM_CAPTIONS = 4, 9, 5, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step."""
+
+    kind: str
+    """"softmax" or "sigmoid" of pairs; "labels" or "targets" of a classifier."""
+    split: Split
+    strategy: str = "ddp"
+    cache: bool = False
+    checkpointing: bool = False
+    drop_path: float = 0.0
+
+
+def deal(ranks: int, accumulate: int, *, empty_rank: int | None = None) -> Split:
+    """Deal all samples unevenly: later batches get more, ``empty_rank`` none."""
+    places = [(r, a) for r in range(ranks) for a in range(accumulate) if r != empty_rank]
+    bounds = [
+        NUM_SAMPLES * i * (i + 1) // (len(places) * (len(places) + 1))
+        for i in range(len(places) + 1)
+    ]
+    dealt = {place: tuple(range(bounds[i], bounds[i + 1])) for i, place in enumerate(places)}
+    return tuple(tuple(dealt.get((r, a), ()) for a in range(accumulate)) for r in range(ranks))
+
+
+def make_batch(samples: Sequence[int], *, with_targets: bool = False) -> PackedBatch:
+    """Pack samples with their captions and labels; a sample is the same in any batch."""
+    images = random_images(NUM_SAMPLES, seed=3, patch_size=PATCH_SIZE, max_side=3)
+    tokens = [torch.arange(1 + i % 3) + i % NUM_CAPTIONS for i in range(NUM_SAMPLES)]
+    lengths = [len(tokens[i]) for i in samples]
+    captions = PackedText(
+        ids=torch.cat([tokens[i] for i in samples]) if samples else torch.zeros(0).long(),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        segment_lengths=tuple(lengths),
+        image_index=torch.arange(len(lengths)),
+    )
+    chosen = [images[i] for i in samples]
+    packed = pack_images(chosen, patch_size=PATCH_SIZE, seq_len=12, captions=captions)
+    labels = torch.tensor([i % NUM_CLASSES for i in samples], dtype=torch.int64)
+    if with_targets:
+        labels = torch.nn.functional.one_hot(labels, NUM_CLASSES) * 0.8
+    return replace(
+        packed,
+        # Samples with an equal caption are on several ranks.
+        texts=tuple(f"caption {i % NUM_CAPTIONS}" for i in samples),
+        labels=labels,
+    )
+
+
+def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
+    """Build a small task in float64, with the same weights for the same case."""
+    shape: dict[str, Any] = {
+        "width": 8,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_dim": 16,
+        "checkpointing": case.checkpointing,
+        "drop_path": case.drop_path,
+    }
+    is_sigmoid = case.kind in ("sigmoid", "targets")
+    config = TrainConfig(
+        task="contrastive" if case.kind in ("softmax", "sigmoid") else "classify",
+        contrastive_loss="sigmoid" if is_sigmoid else "softmax",
+        label_loss="sigmoid" if is_sigmoid else "softmax",
+        num_classes=NUM_CLASSES,
+        shards=("none.tar",),
+        packer=PackerConfig(patch_size=PATCH_SIZE, seq_len=12),
+        model=CLIPConfig(
+            vision=NaViTConfig(**shape), text=TextConfig(**shape, pool="mean"), embed_dim=6
+        ),
+        loss_chunk=2,
+        seed=5,
+    )
+    task: ContrastiveTask | ClassifyTask
+    if config.task == "classify":
+        task = ClassifyTask(config, ["none.tar"], alone(CPU))
+        with torch.no_grad():  # it starts at 0, where the tower gets no gradient
+            task.model.head.weight.normal_()
+    else:
+        tokenizer = CaptionTokenizer.train(["a caption", "another"], 300)
+        with TemporaryDirectory() as run:
+            tokenizer.save(f"{run}/given.json")
+            config = replace(config, tokenizer=Path(run, "given.json"))
+            task = ContrastiveTask(config, Path(run), [], alone(CPU))
+        with torch.no_grad():
+            task.model.log_logit_scale.fill_(1.5)
+    task.model.double()
+    return task
+
+
+def run_case(world: World, case: Case) -> dict[str, np.ndarray]:
+    """Run one step on this rank; return its loss, number of images and gradients."""
+    task = make_task(case)
+    model = parallelize(task.model, world, ParallelConfig(case.strategy))
+    torch.manual_seed(1)
+    targets = case.kind == "targets"
+    batches = [make_batch(samples, with_targets=targets) for samples in case.split[world.rank]]
+    found = gradients(task, model, batches, world, cache=case.cache)
+    grads = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+    return {
+        "loss": np.asarray(found.loss),
+        "images": np.asarray(found.images),
+        **{name: grad.numpy() for name, grad in whole(grads).items()},
+    }
+
+
+def expected(case: Case) -> dict[str, np.ndarray]:
+    """Compute the same from the definition: one process, plain losses, autograd."""
+    task = make_task(case)
+    batches = [sum(parts, ()) for parts in zip(*case.split, strict=True)]
+    problems = [sum(batches, ())] if case.cache else [batch for batch in batches if batch]
+    total = sum(len(batch) for batch in problems)
+    loss = sum(len(batch) / total * _plain_loss(task, case, batch) for batch in problems)
+    assert isinstance(loss, Tensor)
+    named = dict(task.model.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+    return {
+        "loss": loss.detach().numpy(),
+        "images": np.asarray(total),
+        **{name: grad.numpy() for name, grad in zip(named, grads, strict=True)},
+    }
+
+
+def _plain_loss(task: ContrastiveTask | ClassifyTask, case: Case, samples: Sequence[int]) -> Tensor:
+    batch = make_batch(samples, with_targets=case.kind == "targets")
+    output = task.model(batch)
+    if case.kind == "sigmoid":
+        return reference.sigmoid_loss(
+            output.image, output.text, output.logit_scale, output.logit_bias
+        )
+    if case.kind == "softmax":
+        numbers = torch.tensor([i % NUM_CAPTIONS for i in samples])
+        return reference.softmax_loss(output.image, output.text, output.logit_scale, numbers)
+    if case.kind == "labels":
+        return -output.log_softmax(1)[torch.arange(len(samples)), batch.labels].mean()
+    chance = output.sigmoid()
+    targets = batch.labels
+    return -(targets * chance.log() + (1 - targets) * (1 - chance).log()).sum(1).mean()
