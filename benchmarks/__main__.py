@@ -13,6 +13,7 @@ from benchmarks import (
     bench_image_path,
     bench_loader,
     bench_loss,
+    bench_mix,
     bench_place,
     bench_scale,
     bench_step,
@@ -28,6 +29,7 @@ Name = Literal[
     "loader",
     "loss",
     "towers",
+    "mix",
     "attention_share",
     "step",
     "vectors",
@@ -62,6 +64,9 @@ BENCHMARKS: dict[Name, Benchmark] = {
     "loss": Benchmark(bench_loss.run, "tiled contrastive loss against dense", prints=True),
     "towers": Benchmark(
         bench_towers.run, "a packed tower against dense and other programs' ones", prints=True
+    ),
+    "mix": Benchmark(
+        bench_mix.run, "the paper's mix of resolutions against a fixed square", prints=True
     ),
     "attention_share": Benchmark(
         bench_attention_share.run,
