@@ -69,6 +69,8 @@ class TrainConfig:
     """Side of a tile of the contrastive loss."""
     ema_decay: float = 0.995
     """Decay of the averaged weights that are evaluated and exported; 0 turns averaging off."""
+    compile: bool = False
+    """Compile the towers (`NaViT.compile`): for GPUs; the first steps take a minute or two."""
     precision: Precision = "auto"
     """Autocast: "auto" is bf16 on CUDA and on CPUs with bf16 instructions."""
     device: str = "auto"
@@ -115,6 +117,11 @@ class TrainConfig:
             raise ValueError(f"label_loss must be 'softmax' or 'sigmoid'; got {self.label_loss!r}.")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32'; got {self.precision!r}.")
+        if self.compile and self.parallel.strategy == "fsdp2":
+            raise ValueError(
+                "compile needs parallel.strategy 'ddp' or 'auto': FSDP2 gathers weights by hooks "
+                "inside the towers, which one graph cannot hold. Leave out one of the two."
+            )
         if self.val and not self.shards:
             raise ValueError(
                 "val needs shards: the demonstration set brings its own validation shard. Give "

@@ -130,7 +130,8 @@ class Throughput:
         """Return the rates since the last reading and start again; a collective.
 
         Returns:
-            Of all ranks together ``images_per_second`` and ``tokens_per_second`` (kept tokens);
+            Of all ranks together ``images_per_second``, ``tokens_per_second`` (kept tokens) and
+            ``flops_per_second`` (the model's operations, forward and backward);
             shares ``padding`` (of token places), ``drop_rate`` (of the images' tokens),
             ``data_wait`` (of the time) and ``mfu`` (of the devices' measured matmul rate); of the
             rank with most ``rss_mib``, the largest resident memory of its process so far, and
@@ -150,9 +151,10 @@ class Throughput:
             "drop_rate": 1 - stats.tokens / max(stats.tokens_before_drop, 1),
             "data_wait": sum(usage.waited for usage in usages) / all_seconds,
         }
+        rates["flops_per_second"] = sum(usage.flops for usage in usages) / seconds
         peaks = [peak for _, peak, _ in found if peak is not None]
         if len(peaks) == len(found):
-            rates["mfu"] = sum(usage.flops for usage in usages) / seconds / sum(peaks)
+            rates["mfu"] = rates["flops_per_second"] / sum(peaks)
         for name in memory:
             rates[name] = max(held[name] for _, _, held in found)
         return rates

@@ -51,6 +51,8 @@ class TrainState:
         config = task.config
         self.task, self.run, self.world, self.config = task, run, world, config
         self.model = task.model.to(world.device)
+        if config.compile:
+            self.model.compile()
         self.wrapped = parallelize(self.model, world, config.parallel)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None

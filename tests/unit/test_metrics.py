@@ -80,6 +80,7 @@ def test_rates_are_counts_over_the_seconds_of_the_steps_since_the_last_reading()
             "padding": 0.05,
             "drop_rate": 0.24,
             "data_wait": 0.5,
+            "flops_per_second": 500,
             "mfu": 0.5,
         }
     )

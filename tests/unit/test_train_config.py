@@ -4,6 +4,7 @@ import pytest
 
 from navit.train.checkpoint import Checkpoint, save_checkpoint
 from navit.train.config import TrainConfig
+from navit.train.parallel import ParallelConfig
 from navit.train.setup import resolve_run, resolve_shards
 
 
@@ -18,6 +19,10 @@ from navit.train.setup import resolve_run, resolve_shards
         ({"time_limit": 0.0}, "time_limit must be positive, or None; got 0.0"),
         ({"num_streams": 0}, "num_streams must be at least 1, or None; got 0"),
         ({"val": ("v.tar",)}, "val needs shards"),
+        (
+            {"compile": True, "parallel": ParallelConfig("fsdp2")},
+            "compile needs parallel.strategy 'ddp' or 'auto'",
+        ),
     ],
 )
 def test_a_wrong_setting_says_what_must_hold(changes: dict[str, object], message: str) -> None:
