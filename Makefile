@@ -11,7 +11,7 @@ BENCH := .venv-bench
 BENCH_READY := $(BENCH)/.ready
 ARGS ?=
 
-.PHONY: help setup train test test-all test-gpu lint types contracts check bench bench-setup fix clean
+.PHONY: help setup train test test-all test-gpu lint types contracts check bench bench-gpu bench-setup fix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ check: lint types contracts test ## lint, types, import contracts and the fast t
 
 bench: setup ## paired benchmarks; tables on screen, JSON under benchmarks/results/
 	$(if $(wildcard $(BENCH_READY)),$(BENCH)/bin,$(BIN))/python -m benchmarks $(ARGS)
+
+bench-gpu: setup ## the benchmark of a training step on a CUDA device
+	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 bench-setup: $(BENCH_READY) ## create .venv-bench, where `make bench` finds other packers to compare with
 

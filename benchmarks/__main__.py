@@ -10,6 +10,7 @@ import tyro
 
 from benchmarks import (
     bench_attention_share,
+    bench_gpu,
     bench_image_path,
     bench_loader,
     bench_loss,
@@ -33,6 +34,7 @@ Name = Literal[
     "attention_share",
     "step",
     "vectors",
+    "gpu",
 ]
 Rows = list[dict[str, Any]]
 RESULTS = Path(__file__).parent / "results"
@@ -83,6 +85,7 @@ BENCHMARKS: dict[Name, Benchmark] = {
     "vectors": Benchmark(
         bench_vectors.run, "encoded images to vectors", prints=True, reads_photos=True
     ),
+    "gpu": Benchmark(bench_gpu.run, "a training step on a GPU", prints=True),
 }
 
 
@@ -131,7 +134,7 @@ def main(args: Sequence[str] | None = None, *, results: Path = RESULTS) -> dict[
         if not benchmark.prints:
             print(format_rows(rows))
         stored = ""
-        if keep:
+        if keep and rows:
             stored = f", stored in {store(results, name, rows)}"
         print(f"{name}: {seconds:.1f} s{stored}", flush=True)
     return measured

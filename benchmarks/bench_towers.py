@@ -152,7 +152,8 @@ def training_step(
 
     def step() -> None:
         model.train(backward)
-        autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+        device = next(model.parameters()).device.type
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
         with torch.set_grad_enabled(backward), autocast:
             loss = forward().float().square().sum()
         if backward:

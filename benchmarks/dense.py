@@ -38,7 +38,8 @@ def dense_forward(model: NaViT, patches: Tensor, positions: Tensor, grids: Tenso
     """Return one vector an image: (n, D)."""
     n, length, _ = patches.shape
     x = model.patch_embed(patches.flatten(0, 1)) + model.pos_embed(positions, grids)
-    at_once = max(1, CPU_TOKENS // length) if not torch.is_grad_enabled() else n
+    in_parts = x.device.type == "cpu" and not torch.is_grad_enabled()
+    at_once = max(1, CPU_TOKENS // length) if in_parts else n
     parts = [_blocks(model, part) for part in x.view(n, length, -1).split(at_once)]
     plan = AttentionPlan((length,) * n, x.device)  # equal lengths: pooling reads plain views
     assert model.pool is not None
@@ -57,7 +58,7 @@ def _attention(layer: Attention, x: Tensor) -> Tensor:
     q, k, v = layer.qkv(x).unflatten(-1, (3, -1, layer.head_dim)).unbind(2)
     q, k = layer.q_norm(q).to(v.dtype), layer.k_norm(k).to(v.dtype)
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    if v.dtype == torch.float32:
+    if v.dtype == torch.float32 or v.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = (q * layer.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
