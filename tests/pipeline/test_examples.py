@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from examples import collate, dataset, huggingface_rows, plan_and_show
+from examples import collate, dataset, huggingface_rows, open_clip_loss, plan_and_show
 from navit import NaViT, NaViTConfig
 from packer import PackerConfig, PackingCollator, write_shards
 from tests.helpers.public_models import make_model
@@ -177,3 +177,13 @@ def test_the_readmes_snippets_run_in_their_order(
     assert names["vectors"].shape == (10, names["encoder"].config.width)
     assert names["stored"]["batches"] == 2
     assert len(names["stored"]["streams"]) == 2
+
+
+def test_the_loss_for_open_clip_is_the_dense_one(capsys: pytest.CaptureFixture[str]) -> None:
+    open_clip_loss.main()
+    loss, dense, difference = map(float, re.findall(r"\d\.\d+(?:e-\d+)?", capsys.readouterr().out))
+    assert loss == pytest.approx(dense, abs=2e-6)
+    assert difference < 1e-8
+    image, text = torch.eye(4), torch.eye(4)
+    told = open_clip_loss.TiledClipLoss()(image, text, torch.tensor(3.0), output_dict=True)
+    assert float(told["contrastive_loss"]) == pytest.approx(0.1392, abs=1e-4)  # ln(1 + 3 e^-3)
