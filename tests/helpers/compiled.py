@@ -24,7 +24,7 @@ from packer.captions import pack_text
 from tests.helpers.batches import pack_images, random_images
 
 PATCH = 4
-SHAPE = {"width": 32, "num_heads": 2, "depth": 2, "mlp_dim": 48}
+SHAPE = {"width": 32, "num_heads": 2, "depth": 1, "mlp_dim": 48}
 CASES: dict[str, dict[str, Any]] = {
     "paper": {},
     "class token": {

@@ -28,7 +28,16 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
                 assert math.isfinite(value)
 
 
-@pytest.mark.parametrize("name", suite.BENCHMARKS)
+SLOW = {"scale", "step", "loader"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in suite.BENCHMARKS
+    ],
+)
 def test_a_benchmark_runs_quick_and_prints_a_table(
     name: str,
     tmp_path: Path,

@@ -73,7 +73,7 @@ def losses(run: Path) -> list[float]:
     return [x["loss"] for x in read_metrics(run / "metrics.jsonl") if x["event"] == "train"]
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_a_run_learns_the_classes_and_evaluates_as_it_says(
     shards: list[str], kind: str, tmp_path: Path
 ) -> None:
@@ -106,6 +106,7 @@ def test_a_stopped_run_goes_on_with_the_same_losses(shards: list[str], tmp_path:
     assert losses(parts) == losses(whole)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_weights_at_a_higher_resolution(
     shards: list[str], tmp_path: Path
 ) -> None:

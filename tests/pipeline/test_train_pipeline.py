@@ -92,7 +92,10 @@ def test_a_run_leaves_everything_it_promises(undisturbed: Path) -> None:
     assert {"train", "rates", "eval"} == {line["event"] for line in last}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+# test_kills.py has SIGKILL among the fast tests.
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_stopped_and_resumed_run_has_the_losses_of_one_never_stopped(
     tiny: DemoPaths, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
