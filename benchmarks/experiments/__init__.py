@@ -1,0 +1,1 @@
+"""The paper's claims at a small scale: quality at equal compute, over seeds."""
