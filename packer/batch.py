@@ -127,7 +127,11 @@ class PackedBatch:
     """Which of the N images each of the S segments is, -1 for a padded tail; always on the host.
     Derived from `segment_ids` and `image_index` where it is not given."""
     patch_sizes: Int32[Tensor, "B E"] | None = None
-    """Side of each image's patches in pixels, or None when all are `patch_size`."""
+    """Side of each image's patches in pixels, 0 in an empty slot; None when all are `patch_size`.
+    Where it is smaller than `patch_size` a patch's values are followed by zeros."""
+    segment_patch_sizes: tuple[int, ...] = ()
+    """Patch size of each of the S segments, 0 for a padded tail; always on the host, and empty
+    where `patch_sizes` is None. Derived where it is not given."""
     texts: tuple[str, ...] | None = None
     """Caption of each image, or None."""
     captions: PackedText | None = None
@@ -148,6 +152,11 @@ class PackedBatch:
                 for start in starts
             )
             object.__setattr__(self, "segment_images", tuple(images))
+        if self.patch_sizes is not None and not self.segment_patch_sizes:
+            index, sizes = (x.flatten().tolist() for x in (self.image_index, self.patch_sizes))
+            by_image = {**dict(zip(index, sizes, strict=True)), -1: 0}
+            found = tuple(by_image[image] for image in self.segment_images)
+            object.__setattr__(self, "segment_patch_sizes", found)
 
     @property
     def num_images(self) -> int:

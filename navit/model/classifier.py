@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from navit.model.config import ModelConfig, NaViTConfig
+from navit.model.flexi import Flexible
 from navit.model.vision import NaViT, PretrainedModel
 from packer.batch import PackedBatch
 
@@ -38,7 +39,7 @@ class ClassifierConfig(ModelConfig):
         return super().from_dict(values)
 
 
-class Classifier(PretrainedModel[ClassifierConfig]):
+class Classifier(Flexible, PretrainedModel[ClassifierConfig]):
     """Class logits of packed images.
 
     The head starts at 0, so that fine-tuning starts from what the tower knows.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from navit.model.config import CLIPConfig
+from navit.model.flexi import Flexible
 from navit.model.text import TextTower
 from navit.model.vision import NaViT, PretrainedModel
 from packer.batch import PackedBatch, PackedText
@@ -29,7 +30,7 @@ class CLIPOutput:
     """Added to the scaled similarities, for the sigmoid loss; None without one."""
 
 
-class CLIP(PretrainedModel[CLIPConfig]):
+class CLIP(Flexible, PretrainedModel[CLIPConfig]):
     """Two towers trained so that an image and its caption meet.
 
     Source: CLIP (arXiv:2103.00020, section 2.3), trained on packed images and packed text as in

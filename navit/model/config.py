@@ -135,7 +135,12 @@ class NaViTConfig(TransformerConfig):
     """
 
     patch_size: int = 16
-    """P: side of a square patch in pixels."""
+    """Side of a square patch in pixels; with `patch_buffer` the size that is meant where none is
+    named."""
+    patch_buffer: int | None = None
+    """Side in pixels the patch embedding's weights are kept at (FlexiViT: 32), to be resized to
+    each batch's patch sizes (`navit.model.pi_resize`): one tower then takes patches of any size,
+    mixed in one batch too. None: weights for patches of `patch_size` alone."""
     pixel_mean: PerChannel = (0.5, 0.5, 0.5)
     """Subtracted from red, green and blue pixels in [0, 1]; the default and that of `pixel_std`
     scale to [-1, 1]."""
@@ -173,6 +178,8 @@ class NaViTConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "patch_size", "pos_table_size")
+        if self.patch_buffer is not None:
+            _check_positive(self, "patch_buffer")
         if self.num_registers < 0:
             raise ValueError(f"num_registers must not be negative; got {self.num_registers}.")
         if self.pool == "last":

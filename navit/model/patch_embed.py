@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from navit.model.attention import compute_dtype
 from navit.model.config import PerChannel
 from navit.model.linear import linear
+from packer.batch import PackedBatch
 
 HALVES: PerChannel = (0.5, 0.5, 0.5)
 
@@ -45,36 +46,52 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: UInt8[Tensor, "T P"]) -> Float[Tensor, "T D"]:
         """Embed patches whose values are in (row, column, channel) order."""
-        weight = self.proj.weight
-        dtype = compute_dtype(patches.device, weight.dtype)
-        centred = patches.to(dtype).sub_(127.5)
-        if (self.mean, self.std) == (HALVES, HALVES):
-            return linear(centred, weight * (1 / 127.5), self.proj.bias)
-        return linear(centred, *self._folded())
+        return project(patches, self.proj.weight, self.proj.bias, self.mean, self.std)
 
-    def _folded(self) -> tuple[Float[Tensor, "D P"], Float[Tensor, " D"]]:
-        """Return weight and bias for pixels minus 127.5."""
-        # Numbers of Python, not a tensor of them: nothing to move to the device or to cast.
-        weight = self.proj.weight
-        channels = weight.view(weight.shape[0], -1, 3).unbind(2)
-        scaled = [w * (1 / (255 * std)) for w, std in zip(channels, self.std, strict=True)]
-        shift = sum(
-            w.sum(1) * ((0.5 - mean) / std)
-            for w, mean, std in zip(channels, self.mean, self.std, strict=True)
-        )
-        assert isinstance(shift, Tensor)
-        bias = shift if self.proj.bias is None else shift + self.proj.bias
-        return torch.stack(scaled, dim=2).flatten(1), bias
-
-    def check_patch_size(self, patch_size: int) -> None:
-        """Refuse patches of another size, which would only fail as a matrix shape.
+    def check_patches(self, batch: PackedBatch) -> None:
+        """Refuse patches of other sizes, which would only fail as a matrix shape.
 
         Raises:
-            ValueError: If ``patch_size`` is not the one the embedding was made for.
+            ValueError: If a patch of the batch has not the size the embedding was made for.
         """
-        if patch_size != self.patch_size:
+        if batch.patch_sizes is not None:
+            raise ValueError(
+                f"All patches of a batch must have the model's size ({self.patch_size}); got "
+                f"{sorted(set(batch.segment_patch_sizes) - {0})}. Make the model flexible: "
+                "model.flexible(), or NaViTConfig(patch_buffer=32)."
+            )
+        if batch.patch_size != self.patch_size:
             raise ValueError(
                 f"The batch's patch_size must be the model's ({self.patch_size}); got "
-                f"{patch_size}. Set PackerConfig(patch_size={self.patch_size}), or the model's "
-                f"NaViTConfig(patch_size={patch_size})."
+                f"{batch.patch_size}. Set PackerConfig(patch_size={self.patch_size}), or the "
+                f"model's NaViTConfig(patch_size={batch.patch_size}); model.flexible() takes any."
             )
+
+
+def project(
+    patches: UInt8[Tensor, "T P"],
+    weight: Float[Tensor, "D P"],
+    bias: Float[Tensor, " D"] | None,
+    mean: PerChannel,
+    std: PerChannel,
+) -> Float[Tensor, "T D"]:
+    """Normalise patches by channel and multiply them by weights of their size."""
+    centred = patches.to(compute_dtype(patches.device, weight.dtype)).sub_(127.5)
+    if (mean, std) == (HALVES, HALVES):
+        return linear(centred, weight * (1 / 127.5), bias)
+    return linear(centred, *_folded(weight, bias, mean, std))
+
+
+def _folded(
+    weight: Float[Tensor, "D P"],
+    bias: Float[Tensor, " D"] | None,
+    mean: PerChannel,
+    std: PerChannel,
+) -> tuple[Float[Tensor, "D P"], Float[Tensor, " D"]]:
+    """Return weight and bias for pixels minus 127.5."""
+    # Numbers of Python, not a tensor of them: nothing to move to the device or to cast.
+    channels = weight.view(weight.shape[0], -1, 3).unbind(2)
+    scaled = [w * (1 / (255 * s)) for w, s in zip(channels, std, strict=True)]
+    shift = sum(w.sum(1) * ((0.5 - m) / s) for w, m, s in zip(channels, mean, std, strict=True))
+    assert isinstance(shift, Tensor)
+    return torch.stack(scaled, dim=2).flatten(1), shift if bias is None else shift + bias

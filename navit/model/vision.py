@@ -22,6 +22,8 @@ from navit.model.backends import resolve_backend
 from navit.model.block import make_blocks, make_norm, run_blocks
 from navit.model.compile import CompiledTower
 from navit.model.config import ModelConfig, NaViTConfig
+from navit.model.flexi import Flexible
+from navit.model.flexi_embed import FlexiPatchEmbed, PatchGroups, group_patches
 from navit.model.patch_embed import PatchEmbed
 from navit.model.pool import make_pool
 from navit.model.pos_embed import make_pos_embed
@@ -97,6 +99,8 @@ class TokenPlan:
     """Which of the sorted segments is the i-th image."""
     prefix: PrefixPlan | None = None
     """Where class token and registers go; None without them."""
+    patches: PatchGroups | None = None
+    """The tokens by the size of their patches; None where there is one size."""
 
 
 def plan_tokens(
@@ -121,11 +125,16 @@ def plan_tokens(
         compiled=compiled,
     )
     plan = AttentionPlan(lengths, device, backend)
+    groups = None
+    if batch.patch_sizes is not None and lengths:
+        sizes = np.asarray(batch.segment_patch_sizes)[order]
+        groups = group_patches(tuple(sizes.tolist()), lengths, device)
     return TokenPlan(
         attention=plan,
         token_index=to_device(tokens, device),
         image_place=to_device(np.argsort(images[order]), device),
         prefix=plan_prefix(plan, config.num_prefix) if config.num_prefix else None,
+        patches=groups,
     )
 
 
@@ -206,7 +215,19 @@ class NaViTOutput:
         return self.packed_tokens.shape[1]
 
 
-class NaViT(CompiledTower, PretrainedModel[NaViTConfig]):
+def make_patch_embed(config: NaViTConfig) -> PatchEmbed | FlexiPatchEmbed:
+    """Return the patch embedding that the configuration names."""
+    settings: dict[str, Any] = {
+        "bias": config.biases if config.patch_bias is None else config.patch_bias,
+        "mean": config.pixel_mean,
+        "std": config.pixel_std,
+    }
+    if config.patch_buffer is not None:
+        return FlexiPatchEmbed(config.patch_buffer, config.width, **settings)
+    return PatchEmbed(config.patch_size, config.width, **settings)
+
+
+class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
     """The vision transformer of NaViT: native-resolution images, packed into sequences.
 
     An image gives the same vector, and the same gradients, packed with any others or alone.
@@ -219,13 +240,7 @@ class NaViT(CompiledTower, PretrainedModel[NaViTConfig]):
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__(config)
-        self.patch_embed = PatchEmbed(
-            config.patch_size,
-            config.width,
-            bias=config.biases if config.patch_bias is None else config.patch_bias,
-            mean=config.pixel_mean,
-            std=config.pixel_std,
-        )
+        self.patch_embed = make_patch_embed(config)
         self.pos_embed = make_pos_embed(config)
         self.prefix = PrefixTokens(config)
         self.pre_norm = make_norm(config) if config.pre_norm else nn.Identity()
@@ -237,14 +252,18 @@ class NaViT(CompiledTower, PretrainedModel[NaViTConfig]):
         """Encode a packed batch on the device its tensors are on.
 
         Raises:
-            ValueError: If the batch's patch size is not the model's, or the attention backend
-                asked for cannot run here.
+            ValueError: If the batch's patch size is not that of a model that has but one, or the
+                attention backend asked for cannot run here.
         """
-        self.patch_embed.check_patch_size(batch.patch_size)
+        self.patch_embed.check_patches(batch)
         dtype = self.norm.weight.dtype
         plan = plan_tokens(batch, self.config, dtype=dtype, compiled=self.is_compiled)
         positions, grids = gather_positions(batch, plan)
-        patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
+        if isinstance(self.patch_embed, FlexiPatchEmbed):
+            # Outside of a compiled graph, which would be made anew for each set of sizes.
+            patches = self.patch_embed(batch, plan.token_index, plan.patches)
+        else:
+            patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
         longer = plan.attention if plan.prefix is None else plan.prefix.attention
         encode = self.graph(plan.attention, longer)
         pooled, tokens = encode(patches, positions, grids, plan)
@@ -259,13 +278,18 @@ class NaViT(CompiledTower, PretrainedModel[NaViTConfig]):
 
     def encode(
         self,
-        patches: UInt8[Tensor, "T P"],
+        patches: UInt8[Tensor, "T P"] | Float[Tensor, "T D"],
         positions: Int32[Tensor, "T 2"],
         grids: Int32[Tensor, "T 2"],
         plan: TokenPlan,
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "T D"]]:
-        """Turn patches into (a vector for each image, its tokens): all that runs on the device."""
-        x = self.patch_embed(patches) + self.pos_embed(positions, grids)
+        """Turn patches into (a vector for each image, its tokens): all that runs on the device.
+
+        A flexible tower gives them embedded.
+        """
+        embedded = patches.is_floating_point()
+        x = patches if embedded else self.patch_embed(patches)
+        x = x + self.pos_embed(positions, grids)
         attention, prefix = plan.attention, None
         if plan.prefix is not None:
             attention, x = plan.prefix.attention, self.prefix.add(x, plan.prefix)

@@ -42,7 +42,7 @@ def test_a_compiled_tower_gives_the_eager_numbers_without_a_break() -> None:
 
 @pytest.mark.slow
 def test_code_made_by_inductor_gives_the_eager_numbers_too() -> None:
-    check(run_cases("inductor", "paper", "class token", "checkpointing", "text"))
+    check(run_cases("inductor", "paper", "class token", "checkpointing", "patch sizes", "text"))
 
 
 def test_xformers_is_refused_with_a_reason() -> None:

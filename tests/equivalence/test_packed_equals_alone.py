@@ -120,6 +120,31 @@ def test_every_vector_and_gradient_is_that_of_the_images_alone(
     assert_same(packed, vectors_and_gradients(model, alone, weights), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@settings(max_examples=8, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=4, unique=True),
+    count=st.integers(1, 9),
+    seed=st.integers(0, 9999),
+)
+def test_patch_sizes_mixed_in_a_batch_give_what_each_image_gives_alone(
+    dtype: torch.dtype, sizes: list[int], count: int, seed: int
+) -> None:
+    """One buffer of weights for all sizes: gradients of every size come together in it."""
+    model = make_model(dtype, patch_buffer=6, pos_embed="grid", pos_table_size=3, patch_bias=True)
+    images = random_images(count, seed=seed, patch_size=sizes)
+    weights = torch.randn(count, 32, dtype=dtype)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    batch = pack_images(images, seq_len=40, order=order)
+
+    packed = vectors_and_gradients(model, model(with_garbage_in_padding(batch)).pooled, weights)
+
+    singles = [pack_images([image]) for image in images]
+    assert {single.patch_size for single in singles} <= set(sizes)
+    alone = torch.cat([model(single).pooled for single in singles])
+    assert_same(packed, vectors_and_gradients(model, alone, weights), TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("changes", CONFIGS)
 @settings(max_examples=5, deadline=None)
 @given(count=st.integers(1, 6), seed=st.integers(0, 9999))

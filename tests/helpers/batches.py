@@ -20,6 +20,11 @@ class RandomImage:
     grid: tuple[int, int]
     """(rows, cols) before dropping."""
 
+    @property
+    def patch_size(self) -> int:
+        """Side of its patches in pixels."""
+        return round((self.patches.shape[1] / 3) ** 0.5)
+
 
 def random_image(
     rows: int, cols: int, *, patch_size: int, keep: float = 1.0, generator: torch.Generator
@@ -36,32 +41,44 @@ def random_image(
 
 
 def random_images(
-    count: int, *, seed: int, patch_size: int = 4, max_side: int = 5, drop: bool = True
+    count: int,
+    *,
+    seed: int,
+    patch_size: int | Sequence[int] = 4,
+    max_side: int = 5,
+    drop: bool = True,
 ) -> list[RandomImage]:
-    """Draw images with sides of 1 to max_side patches and, with drop, random shares kept."""
+    """Draw images with sides of 1 to max_side patches and, with drop, random shares kept.
+
+    Of several patch sizes each image gets one at random.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = []
     for _ in range(count):
         rows, cols = torch.randint(1, max_side + 1, (2,), generator=generator).tolist()
         keep = float(torch.rand((), generator=generator)) if drop else 1.0
-        images.append(
-            random_image(rows, cols, patch_size=patch_size, keep=keep, generator=generator)
-        )
+        size = patch_size
+        if not isinstance(size, int):
+            size = size[int(torch.randint(len(size), (), generator=generator))]
+        images.append(random_image(rows, cols, patch_size=size, keep=keep, generator=generator))
     return images
 
 
 def pack_images(
     images: Sequence[RandomImage],
     *,
-    patch_size: int,
+    patch_size: int | None = None,
     seq_len: int | None = None,
     order: Sequence[int] | None = None,
     captions: PackedText | None = None,
 ) -> PackedBatch:
     """Place images into sequences, next fit, in the order given (default: their own).
 
-    The i-th image stays the i-th of the batch wherever it is placed.
+    The i-th image stays the i-th of the batch wherever it is placed. Their patch sizes may differ;
+    the largest is the batch's.
     """
+    sizes = [image.patch_size for image in images]
+    patch_size = patch_size or max(sizes)
     order = range(len(images)) if order is None else order
     longest = max((len(image.patches) for image in images), default=1)
     seq_len = longest if seq_len is None else seq_len
@@ -79,16 +96,16 @@ def pack_images(
     )
     grids = torch.zeros(len(rows), slots, 2, dtype=torch.int32)
     index = torch.full((len(rows), slots), -1)
+    patch_sizes = torch.zeros(len(rows), slots, dtype=torch.int32)
     lengths: list[int] = []
     segment_images: list[int] = []
     for b, row in enumerate(rows):
         start = 0
         for slot, i in enumerate(row):
             stop = start + len(images[i].patches)
-            patches[b, start:stop], positions[b, start:stop] = (
-                images[i].patches,
-                images[i].positions,
-            )
+            patches[b, start:stop, : images[i].patches.shape[1]] = images[i].patches
+            positions[b, start:stop] = images[i].positions
+            patch_sizes[b, slot] = sizes[i]
             segment_ids[b, start:stop] = slot + 1
             grids[b, slot], index[b, slot] = torch.tensor(images[i].grid), i
             lengths.append(stop - start)
@@ -100,6 +117,7 @@ def pack_images(
     batch = PackedBatch(
         patches=patches,
         patch_size=patch_size,
+        patch_sizes=None if set(sizes) <= {patch_size} else patch_sizes,
         segment_ids=segment_ids,
         position_ids=positions,
         grid_sizes=grids,

@@ -42,15 +42,16 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_scale": 0.5,
         "activation": "quick_gelu",
     },
+    "patch sizes": {"patch_buffer": 6, "pos_embed": "grid", "pos_table_size": 3},
 }
 
 
-def batches() -> list[PackedBatch]:
+def batches(patch_sizes: Sequence[int] = (PATCH,)) -> list[PackedBatch]:
     """Six batches, no two of one shape; one holds one image, one none."""
     made = []
     for count, seed in ((5, 1), (3, 2), (9, 3), (1, 4), (0, 5), (2, 6)):
-        images = random_images(count, seed=seed, patch_size=PATCH)
-        made.append(pack_images(images, patch_size=PATCH, seq_len=60))
+        images = random_images(count, seed=seed, patch_size=patch_sizes)
+        made.append(pack_images(images, patch_size=max(patch_sizes), seq_len=60))
     return made
 
 
@@ -101,7 +102,8 @@ def run_case(name: str, backend: str) -> dict[str, Any]:
         model = NaViT(config)
         compiled_tower = copy.deepcopy(model)
         compiled_tower.compile(backend=backend)
-        found = compare(model, compiled_tower, batches())
+        sizes = (PATCH,) if config.patch_buffer is None else (3, PATCH, 7)
+        found = compare(model, compiled_tower, batches(sizes))
         assert not copy.deepcopy(compiled_tower).is_compiled
     graphs = counters["stats"]["unique_graphs"]
     return {**found, "graphs": graphs, "breaks": sum(counters["graph_break"].values())}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from navit.model.patch_embed import PatchEmbed
+from tests.helpers.batches import pack_images, random_images
 
 
 def test_pixels_are_scaled_to_minus_one_to_one() -> None:
@@ -52,5 +53,9 @@ def test_autocast_computes_in_its_type() -> None:
 
 
 def test_another_patch_size_is_refused_by_name() -> None:
+    images = random_images(4, seed=0, patch_size=8)
     with pytest.raises(ValueError, match=r"model's \(16\); got 8.*PackerConfig\(patch_size=16\)"):
-        PatchEmbed(16, 5).check_patch_size(8)
+        PatchEmbed(16, 5).check_patches(pack_images(images))
+    mixed = pack_images([*images, *random_images(1, seed=1, patch_size=4)])
+    with pytest.raises(ValueError, match=r"size \(8\); got \[4, 8\]\. Make the model flexible"):
+        PatchEmbed(8, 5).check_patches(mixed)
