@@ -10,6 +10,7 @@ import tyro
 
 from benchmarks import (
     bench_attention_share,
+    bench_flexi,
     bench_gpu,
     bench_image_path,
     bench_loader,
@@ -31,6 +32,7 @@ Name = Literal[
     "loss",
     "towers",
     "mix",
+    "flexi",
     "attention_share",
     "step",
     "vectors",
@@ -69,6 +71,9 @@ BENCHMARKS: dict[Name, Benchmark] = {
     ),
     "mix": Benchmark(
         bench_mix.run, "the paper's mix of resolutions against a fixed square", prints=True
+    ),
+    "flexi": Benchmark(
+        bench_flexi.run, "patch sizes mixed in one batch against one size", prints=True
     ),
     "attention_share": Benchmark(
         bench_attention_share.run,
