@@ -21,7 +21,6 @@ overhead by a formula, so no value is read off it: the last panel has its axes, 
 and the share of the operations.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -340,11 +339,3 @@ def _power_axis(axes: Axes, ticks: Sequence[int]) -> None:
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--picture", type=Path, default=Path(__file__).parent / "results" / PICTURE)
-    arguments = parser.parse_args()
-    run(arguments.quick, arguments.picture)

@@ -7,7 +7,6 @@ normalisation happens on the device. HF and timm resize the whole image, ours ma
 reduced (``decode="reduced"``): the differences of the pixels are in the rows.
 """
 
-import argparse
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -235,11 +234,3 @@ def generated(count: int, size: tuple[int, int] = (640, 480)) -> list[bytes]:
         image.save(buffer, "JPEG", quality=90)
         images.append(buffer.getvalue())
     return images
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", type=Path, nargs="*", default=(), help="tars or folders")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    run(arguments.quick, arguments.photos)

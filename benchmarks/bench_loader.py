@@ -5,7 +5,6 @@ against two processes that know nothing of each other: on two cores, both sides 
 processes.
 """
 
-import argparse
 import multiprocessing
 import os
 import tempfile
@@ -260,11 +259,3 @@ def _megabytes(pid: int) -> tuple[float, float]:
     _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
     page = os.sysconf("SC_PAGE_SIZE") / 1e6
     return resident * page, (resident - shared) * page
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", type=Path, nargs="*", default=(), help="tars or folders")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    run(arguments.quick, arguments.photos)

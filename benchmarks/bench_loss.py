@@ -11,7 +11,6 @@ gradients of the vectors included: both sides have them, 32 MiB at N = 8,192. Er
 float32 against the dense formula in float64, on the same vectors.
 """
 
-import argparse
 import multiprocessing
 import os
 import re
@@ -243,9 +242,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    run(parser.parse_args().quick)

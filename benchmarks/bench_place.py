@@ -134,7 +134,3 @@ def _speed(
         "num_images": len(lengths),
         "time_ratio": ratio,
     }
-
-
-if __name__ == "__main__":
-    run()

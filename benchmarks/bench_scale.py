@@ -148,7 +148,3 @@ def _print(name: str, row: dict[str, Any]) -> None:
         f"(95th percentile {100 * row['cost_imbalance_p95']:.1f} %); planned at "
         f"{row['lengths_per_second']:,.0f} lengths/s"
     )
-
-
-if __name__ == "__main__":
-    run()

@@ -10,7 +10,6 @@ cores, so that the worker has a core. With a thread on every core, as torch does
 worker takes its share from the model.
 """
 
-import argparse
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -200,11 +199,3 @@ def _measure(steps: Steps, threads: int, pairs: int) -> dict[str, Any]:
         flush=True,
     )
     return row
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, nargs="*", default=(), help="tars or folders")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    run(arguments.quick, arguments.photos)

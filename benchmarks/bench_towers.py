@@ -328,7 +328,3 @@ def _pixels(image: RandomImage) -> Tensor:
     side = PATCH_SIZE
     cut = image.patches.view(rows, cols, side, side, 3).permute(4, 0, 2, 1, 3)
     return (cut.reshape(3, rows * side, cols * side).float() - 127.5) / 127.5
-
-
-if __name__ == "__main__":
-    run()

@@ -11,7 +11,6 @@ Images given are measured twice: those of original size, and all as they are sto
 ones too. Of either, few are taken, at the quantiles of the number of tokens they have unenlarged.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -230,20 +229,22 @@ def _groups(photos: Sequence[Path], count: int) -> dict[str, list[bytes]]:
     if not photos:
         each = -(-count // len(_SIZES))
         drawn = [image for size in _SIZES for image in generated(each, size)]
-        return {f"drawn, {_SIZES[0][0]} to {_SIZES[-1][0]} pixels wide": spread(drawn, count)}
+        return {
+            f"drawn, {_SIZES[0][0]} to {_SIZES[-1][0]} pixels wide": evenly_spaced(drawn, count)
+        }
     originals = list(jpegs(photos))
     stored = list(jpegs(photos, original=False))
     if not originals:
         raise ValueError(
             f"photos must hold RGB JPEGs of original size; {', '.join(map(str, photos))} hold none."
         )
-    groups = {"of original size": spread(originals, count)}
+    groups = {"of original size": evenly_spaced(originals, count)}
     if len(stored) > len(originals):
-        groups["all, as stored"] = spread(stored, count)
+        groups["all, as stored"] = evenly_spaced(stored, count)
     return groups
 
 
-def spread(images: Sequence[bytes], count: int) -> list[bytes]:
+def evenly_spaced(images: Sequence[bytes], count: int) -> list[bytes]:
     """Take ``count`` images at the quantiles of the number of tokens they have unenlarged."""
     by_tokens = sorted(images, key=_num_tokens)
     taken = min(count, len(images))
@@ -253,11 +254,3 @@ def spread(images: Sequence[bytes], count: int) -> list[bytes]:
 def _num_tokens(data: bytes) -> int:
     size = read_size(data).size
     return plan_resize(size, patch_size=PATCH_SIZE, max_tokens=MAX_TOKENS).num_tokens
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", type=Path, nargs="*", default=(), help="tars or folders")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    run(arguments.quick, arguments.photos)

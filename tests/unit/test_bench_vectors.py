@@ -24,7 +24,7 @@ def test_images_are_taken_at_the_quantiles_of_their_tokens() -> None:
     images = [generated(1, (16, 16 * rows))[0] for rows in (7, 3, 12, 1, 9, 5, 2, 11, 4, 8, 6, 10)]
 
     for count, expected in ((1, [7]), (2, [4, 10]), (3, [3, 7, 11]), (99, range(1, 13))):
-        found = heights(bench_vectors.spread(images, count))
+        found = heights(bench_vectors.evenly_spaced(images, count))
         assert found == [16 * rows for rows in expected]
 
 
