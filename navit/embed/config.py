@@ -5,6 +5,7 @@ A model is best at the resolution and on the grids it was trained with:
     model                                   token budget          resize         decode
     a run of ours                           the run's             the run's      the run's
     SigLIP 2 (grid, "antialias")            256, or its file's    fill_budget    full
+    FlexiViT ("antialias", a class token)   240 x 240 pixels      allow_enlarge  reduced
     SigLIP, CLIP, ViT (another grid)        its table's size      allow_enlarge  reduced
     any other of ours                       the table's, 256      shrink_only    reduced
 
@@ -22,6 +23,7 @@ import torch
 from navit.model.config import NaViTConfig
 from packer.config import DecodeMode, PackerConfig
 from packer.plan.drop import NoDrop
+from packer.plan.patch_size import OnePatchSize
 from packer.plan.resize import Native, NoCrop, ResizePolicy
 
 SEQ_LEN = 1024
@@ -29,6 +31,7 @@ SEQ_LEN = 1024
 it decides nothing but how finely a batch is filled."""
 
 _MAX_WORKERS = 16
+_FLEXIVIT_SIDE = 240  # pixels: `res` of big_vision's configs/proj/flexivit
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class EmbedConfig:
             resolution=Native(),
             crop=NoCrop(),
             token_drop=NoDrop(),
+            patch_sizes=OnePatchSize(),
             fill_leftover=False,
             max_images_per_seq=None,
             max_aspect_ratio=None,
@@ -147,6 +151,8 @@ def _defaults(vision: NaViTConfig) -> tuple[int, ResizePolicy, DecodeMode]:
     budget = vision.pos_table_size**2
     if vision.pos_embed != "grid":
         return budget, "shrink_only", "reduced"
+    if _is_flexivit(vision):  # its table is not the grid of any size it was trained at
+        return max(_FLEXIVIT_SIDE // vision.patch_size, 1) ** 2, "allow_enlarge", "reduced"
     if _is_naflex(vision):
         return budget, "fill_budget", "full"
     return budget, "allow_enlarge", "reduced"
@@ -154,4 +160,13 @@ def _defaults(vision: NaViTConfig) -> tuple[int, ResizePolicy, DecodeMode]:
 
 def _is_naflex(vision: NaViTConfig) -> bool:
     """Whether positions are read as SigLIP 2 reads them, whose processor is then matched."""
+    return _antialiased(vision) and not _is_flexivit(vision)
+
+
+def _is_flexivit(vision: NaViTConfig) -> bool:
+    """Whether they are read so in a flexible tower with a class token; SigLIP has none."""
+    return _antialiased(vision) and vision.pool == "cls" and vision.patch_buffer is not None
+
+
+def _antialiased(vision: NaViTConfig) -> bool:
     return vision.pos_embed == "grid" and vision.pos_interpolation == "antialias"

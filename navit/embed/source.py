@@ -27,7 +27,8 @@ def load_source(source: str | Path, *, averaged: bool = True) -> Loaded:
 
     Args:
         source: A run folder or one of its checkpoints; a folder of weights as ``save_pretrained``
-            of ours or of Hugging Face (SigLIP 2, SigLIP, CLIP) writes it; or a hub id.
+            of ours or of Hugging Face (SigLIP 2, SigLIP, CLIP) writes it; a FlexiViT's .npz; or a
+            hub id.
         averaged: Of a run, whether to take the running average of the weights.
 
     Raises:
@@ -45,6 +46,8 @@ def load_source(source: str | Path, *, averaged: bool = True) -> Loaded:
     try:
         find_checkpoint(path)
     except FileNotFoundError:
+        if path.suffix == ".npz":
+            return Loaded(load(path))
         if path.is_dir() and not (path / "config.json").is_file():
             raise FileNotFoundError(
                 "a checkpoint must be a run folder, or a folder of weights with a config.json; "

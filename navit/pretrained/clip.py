@@ -231,6 +231,7 @@ def _clip_rules(config: CLIPConfig) -> list[Rule]:
 def _vision_json(config: NaViTConfig) -> dict[str, Any]:
     must = {
         **hf.PLAIN_TOWER,
+        "patch_buffer": {None},
         "pos_embed": {"grid"},
         "pos_interpolation": {"bicubic"},
         "pool": {"cls"},

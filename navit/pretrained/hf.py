@@ -194,9 +194,10 @@ def check_saveable(config: ModelConfig, name: str, must: Mapping[str, set[Any]])
             wrong[key] = value
     if wrong:
         needed = {key: sorted(must[key], key=str) for key in wrong}
+        hint = " (at_patch_size makes it one of a fixed size)" if "patch_buffer" in wrong else ""
         raise ValueError(
-            f"To be saved as {name} the model must have {needed}; got {wrong}. Keep it in our own "
-            "format with save_pretrained."
+            f"To be saved as {name} the model must have {needed}; got {wrong}{hint}. Keep it in "
+            "our own format with save_pretrained."
         )
 
 

@@ -10,6 +10,7 @@ from navit.model.classifier import Classifier
 from navit.model.clip import CLIP
 from navit.model.vision import CONFIG_FILE, NaViT
 from navit.pretrained.clip import load_clip, load_clip_clip
+from navit.pretrained.flexivit import load_flexivit
 from navit.pretrained.siglip import (
     load_siglip,
     load_siglip2,
@@ -36,11 +37,11 @@ _THEIRS: dict[str, Callable[[str | Path | nn.Module], NaViT | CLIP]] = {
 
 
 def load(source: str | Path | nn.Module) -> NaViT | CLIP:
-    """Read a model of ours, of Hugging Face (siglip, siglip2, clip) or of timm, whichever it is.
+    """Read a model of ours, of Hugging Face (siglip, siglip2, clip), of timm or of big_vision.
 
     Args:
         source: A folder as ``save_pretrained`` of ours or theirs writes it, recognised by its
-            config.json; a hub id; or a model of transformers or timm.
+            config.json; a hub id; a .npz file of big_vision; or a model of transformers or timm.
 
     Returns:
         `CLIP` where there are two towers, `NaViT` where there is one; of a `Classifier` its tower.
@@ -50,6 +51,8 @@ def load(source: str | Path | nn.Module) -> NaViT | CLIP:
         ConnectionError: If the hub cannot be reached, or has no such model.
         ValueError: If it is another kind of model, or tensors are missing or unknown.
     """
+    if isinstance(source, str | Path) and Path(source).suffix == ".npz":
+        return load_flexivit(source)
     if isinstance(source, nn.Module):
         kind = getattr(getattr(source, "config", None), "model_type", None)
         is_timm = hasattr(source, "pretrained_cfg")

@@ -291,6 +291,7 @@ def _save_clip(model: CLIP, folder: str | Path, family: Family) -> None:
 def _vision_json(config: NaViTConfig, family: Family) -> dict[str, Any]:
     must = {
         **hf.PLAIN_TOWER,
+        "patch_buffer": {None},
         "pos_embed": {"grid"},
         "pos_interpolation": {_INTERPOLATION[family]},
         "pool": {"map", "mean"},

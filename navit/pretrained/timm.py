@@ -1,5 +1,8 @@
 """Vision transformers of timm, and back: class token, average and attention pooling, registers.
 
+Its FlexiViT is one: FlexiViT's weights and positions, resized to patches of 16 pixels on images of
+240, with a class token without a position.
+
 Only a folder or hub id of timm's needs timm, for what the name of its architecture implies. What a
 state dict cannot tell is a small mapping.
 """
@@ -82,6 +85,7 @@ def save_timm_vit(model: NaViT, folder: str | Path) -> None:
     config = model.config
     must: dict[str, set[Any]] = {
         "biases": {True},
+        "patch_buffer": {None},
         "pos_embed": {"grid"},
         "pos_interpolation": {"bicubic_antialias"},
         "pool_mlp": {True},

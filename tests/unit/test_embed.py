@@ -322,6 +322,11 @@ def test_bf16_is_asked_for_and_close() -> None:
         ({}, (16, "shrink_only", "reduced")),
         ({"pos_embed": "grid"}, (16, "fill_budget", "full")),
         ({"pos_embed": "grid", "pos_interpolation": "bicubic"}, (16, "allow_enlarge", "reduced")),
+        # FlexiViT: 30 x 30 patches of 8 pixels, whatever its table's size.
+        (
+            {"pos_embed": "grid", "pool": "cls", "patch_buffer": 16},
+            (900, "allow_enlarge", "reduced"),
+        ),
     ],
 )
 def test_grids_and_budget_are_those_the_model_was_trained_on(
@@ -338,6 +343,7 @@ def test_grids_and_budget_are_those_the_model_was_trained_on(
 
 def test_a_run_s_packing_is_kept_but_for_what_is_drawn_at_random() -> None:
     from packer.plan.drop import BetaDrop
+    from packer.plan.patch_size import RandomPatchSize
     from packer.plan.resize import RandomCrop, UniformSide
 
     trained = PackerConfig(
@@ -349,6 +355,7 @@ def test_a_run_s_packing_is_kept_but_for_what_is_drawn_at_random() -> None:
         resolution=UniformSide(),
         crop=RandomCrop(),
         token_drop=BetaDrop(),
+        patch_sizes=RandomPatchSize(),
         resize="allow_enlarge",
         decode="full",
     )

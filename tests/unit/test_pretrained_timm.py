@@ -17,7 +17,7 @@ from torch import Tensor
 
 from navit import NaViT, NaViTConfig, pretrained
 from tests.helpers.batches import RandomImage, pack_images, random_image
-from tests.reference import timm_vit
+from tests.reference import flexivit, timm_vit
 
 PATCH, SIDE, WIDTH, HIDDEN = 4, 3, 32, 48
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-5,
     },
     "query-key norm": {"global_pool": "map", "qk_norm": True, "qkv_bias": False},
+    "flexivit": {"global_pool": "token", "cls": 1, "no_embed_class": True},
 }
 every_case = pytest.mark.parametrize("name", list(CASES))
 
@@ -103,16 +104,18 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_image(image: RandomImage) -> Tensor:
-    rows, cols = image.grid
-    pixels = (image.patches.view(rows, cols, PATCH, PATCH, 3) / 255.0 - torch.tensor(MEAN)) / (
+    size, (rows, cols) = image.patch_size, image.grid
+    pixels = (image.patches.view(rows, cols, size, size, 3) / 255.0 - torch.tensor(MEAN)) / (
         torch.tensor(STD)
     )
-    return pixels.permute(4, 0, 2, 1, 3).reshape(3, rows * PATCH, cols * PATCH)
+    return pixels.permute(4, 0, 2, 1, 3).reshape(3, rows * size, cols * size)
 
 
-def draw_images(grids: list[tuple[int, int]], seed: int = 0) -> list[RandomImage]:
+def draw_images(
+    grids: list[tuple[int, int]], seed: int = 0, patch_size: int = PATCH
+) -> list[RandomImage]:
     generator = torch.Generator().manual_seed(seed)
-    return [random_image(rows, cols, patch_size=PATCH, generator=generator) for rows, cols in grids]
+    return [random_image(r, c, patch_size=patch_size, generator=generator) for r, c in grids]
 
 
 @every_case
@@ -170,6 +173,35 @@ def test_a_saved_model_comes_back_and_is_timms(name: str, tmp_path: Path) -> Non
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert int(told["embed_dim"] * told["mlp_ratio"]) == HIDDEN
     assert told["global_pool"] == case["global_pool"]
+
+
+@torch.no_grad()
+def test_a_flexivit_made_flexible_is_itself_at_its_size_and_resized_once_at_others(
+    tmp_path: Path,
+) -> None:
+    """A FlexiViT of timm is a ViT of one size, made of weights that were resized to it."""
+    case = CASES["flexivit"]
+    state = make_state(case)
+    fixed = pretrained.load_timm_vit(state, config=settings_of(case))
+    flexible, buffered = fixed.flexible(PATCH), fixed.flexible(2 * PATCH)
+    kernel = state["patch_embed.proj.weight"].permute(2, 3, 1, 0)
+    for size in (PATCH, 3, 6):
+        resized = flexivit.resample_patch_embedding(kernel, size).permute(3, 2, 0, 1)
+        images = draw_images(GRIDS, patch_size=size)
+        found = flexible(pack_images(images, seq_len=50)).pooled
+        for image, vector in zip(images, found, strict=True):
+            weights = {**state, "patch_embed.proj.weight": resized}
+            expected, _ = timm_vit.encode(weights, as_image(image), **settings_of(case))
+            torch.testing.assert_close(vector, expected, rtol=0, atol=1e-5)
+
+    batch = pack_images(draw_images(GRIDS), seq_len=50)
+    torch.testing.assert_close(buffered(batch).pooled, fixed(batch).pooled, rtol=0, atol=1e-5)
+
+    with pytest.raises(ValueError, match=r"'patch_buffer': 4\} \(at_patch_size"):
+        pretrained.save_timm_vit(flexible, tmp_path)
+    pretrained.save_timm_vit(flexible.at_patch_size(PATCH), tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")["patch_embed.proj.weight"]
+    assert torch.equal(saved, state["patch_embed.proj.weight"])
 
 
 @every_case
