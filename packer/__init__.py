@@ -9,6 +9,7 @@ from packer.errors import SkipSample, TooManyFailures
 from packer.lockstep import in_step
 from packer.pack import pack
 from packer.plan.drop import BetaDrop, ConstantDrop, NoDrop, ResolutionDrop, ScheduledDrop
+from packer.plan.patch_size import OnePatchSize, RandomPatchSize, ScheduledPatchSize
 from packer.plan.place import Placement
 from packer.plan.resize import (
     FixedSide,
@@ -39,6 +40,7 @@ __all__ = [
     "NoDrop",
     "NormalArea",
     "NormalSide",
+    "OnePatchSize",
     "PackedBatch",
     "PackedDataset",
     "PackedStream",
@@ -48,8 +50,10 @@ __all__ = [
     "Placement",
     "RandomCrop",
     "RandomFlip",
+    "RandomPatchSize",
     "ResolutionDrop",
     "ScheduledDrop",
+    "ScheduledPatchSize",
     "SkipSample",
     "TooManyFailures",
     "UniformArea",

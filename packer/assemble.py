@@ -51,7 +51,7 @@ def assemble(
     Args:
         sequences: B sequences of images, in their order in the sequence.
         seq_len: L, token places per sequence.
-        patch_size: Side of a patch in pixels.
+        patch_size: Side of a patch in pixels of a batch without images; else their plans say it.
         max_images_per_seq: E; None takes the largest number of images in a sequence.
         tokenizer: Turns captions into `PackedBatch.captions`; None leaves them as `texts` alone.
         max_text_tokens: Caption tokens kept, the end token included.
@@ -67,6 +67,9 @@ def assemble(
     everyone = [image for sequence in sequences for image in sequence]
     slots = max_images_per_seq or max(map(len, rows), default=0)
     num_rows = len(rows)
+    sizes = {image.plan.patch_size for image in images}
+    patch_size = max(sizes, default=patch_size)
+    mixed = len(sizes) > 1
     patches = _zero_bytes(num_rows, seq_len, patch_size * patch_size * 3)
     # Copied through numpy: torch's copy is parallel, and its threads would wait for each other.
     places = patches.numpy()
@@ -74,15 +77,17 @@ def assemble(
     position_ids = np.zeros((num_rows, seq_len, 2), np.int32)
     grid_sizes = np.zeros((num_rows, slots, 2), np.int32)
     image_index = np.full((num_rows, slots), -1, np.int64)
+    patch_sizes = np.zeros((num_rows, slots), np.int32)
     lengths: list[int] = []
     segment_images: list[int] = []
+    segment_patch_sizes: list[int] = []
     for b, row in enumerate(rows):
         start = 0
         for slot, image in enumerate(row):
             plan = image.plan
             stop = start + plan.num_kept
             assert image.patches is not None
-            places[b, start:stop] = image.patches.numpy()
+            places[b, start:stop, : 3 * plan.patch_size**2] = image.patches.numpy()
             segment_ids[b, start:stop] = slot + 1
             kept = kept_indices(plan.grid.num_tokens, plan.num_kept, plan.kept_draw)
             position_ids[b, start:stop, 0], position_ids[b, start:stop, 1] = divmod(
@@ -92,10 +97,13 @@ def assemble(
             image_index[b, slot] = rank[id(image)]
             lengths.append(plan.num_kept)
             segment_images.append(rank[id(image)])
+            patch_sizes[b, slot] = plan.patch_size
+            segment_patch_sizes.append(plan.patch_size)
             start = stop
         if start < seq_len:
             lengths.append(seq_len - start)
             segment_images.append(-1)
+            segment_patch_sizes.append(0)
     captioned = any(image.caption is not None for image in everyone)
     texts = tuple(image.caption or "" for image in images) if captioned else None
     captions = None
@@ -118,6 +126,8 @@ def assemble(
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         segment_lengths=tuple(lengths),
         segment_images=tuple(segment_images),
+        patch_sizes=torch.from_numpy(patch_sizes) if mixed else None,
+        segment_patch_sizes=tuple(segment_patch_sizes) if mixed else (),
         keys=tuple(image.plan.key for image in images),
         texts=texts,
         captions=captions,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -132,6 +132,9 @@ class PackedBatch:
     segment_patch_sizes: tuple[int, ...] = ()
     """Patch size of each of the S segments, 0 for a padded tail; always on the host, and empty
     where `patch_sizes` is None. Derived where it is not given."""
+    segment_grids: tuple[tuple[int, int], ...] = ()
+    """(rows, cols) of the image of each of the S segments, (0, 0) for a padded tail; always on the
+    host. Derived from `grid_sizes` where it is not given."""
     texts: tuple[str, ...] | None = None
     """Caption of each image, or None."""
     captions: PackedText | None = None
@@ -157,6 +160,8 @@ class PackedBatch:
             by_image = {**dict(zip(index, sizes, strict=True)), -1: 0}
             found = tuple(by_image[image] for image in self.segment_images)
             object.__setattr__(self, "segment_patch_sizes", found)
+        if not self.segment_grids and self.segment_lengths:
+            object.__setattr__(self, "segment_grids", self._grids_by_segment())
 
     @property
     def num_images(self) -> int:
@@ -191,6 +196,13 @@ class PackedBatch:
         host._check_segments()
         host._check_tokens()
         host._check_images()
+        host._check_patch_sizes()
+
+    def _grids_by_segment(self) -> tuple[tuple[int, int], ...]:
+        index, grids = self.image_index.flatten().tolist(), self.grid_sizes.flatten(0, 1).tolist()
+        by_image = {image: (rows, cols) for image, (rows, cols) in zip(index, grids, strict=True)}
+        padded = {**by_image, -1: (0, 0)}
+        return tuple(padded.get(image, (0, 0)) for image in self.segment_images)
 
     def _check_segments(self) -> None:
         """Segments, slots and the host-side tuples tell the same story."""
@@ -236,18 +248,38 @@ class PackedBatch:
 
     def _check_images(self) -> None:
         """Whatever belongs to an image has one entry for each of the N."""
+        assert self._grids_by_segment() == tuple(self.segment_grids), (
+            "segment_grids disagrees with grid_sizes"
+        )
         for name in ("texts", "labels"):
             value = getattr(self, name)
             assert value is None or len(value) == self.num_images, (
                 f"{name} must have one entry per image"
             )
-        if self.patch_sizes is not None:
-            sizes = self.patch_sizes[self.image_index >= 0]
-            assert bool(((sizes > 0) & (sizes <= self.patch_size)).all()), (
-                "patch_sizes must be between 1 and patch_size"
-            )
         if self.captions is not None:
             self.captions.check(self.num_images)
+
+    def _check_patch_sizes(self) -> None:
+        """Patch sizes agree with each other and with the zeros behind smaller patches."""
+        if self.patch_sizes is None:
+            assert not self.segment_patch_sizes, "segment_patch_sizes needs patch_sizes"
+            return
+        filled = self.image_index >= 0
+        sizes = self.patch_sizes[filled]
+        assert bool(((sizes > 0) & (sizes <= self.patch_size)).all()), (
+            "patch_sizes must be between 1 and patch_size"
+        )
+        assert not self.patch_sizes[~filled].any(), "patch_sizes must be 0 in empty slots"
+        by_image = dict(zip(self.image_index[filled].tolist(), sizes.tolist(), strict=True))
+        by_segment = [by_image.get(image, 0) for image in self.segment_images]
+        assert by_segment == list(self.segment_patch_sizes), (
+            "segment_patch_sizes disagrees with patch_sizes"
+        )
+        tokens, bounds = self.patches.flatten(0, 1), [0, *accumulate(self.segment_lengths)]
+        for size, (start, stop) in zip(by_segment, pairwise(bounds), strict=True):
+            assert not tokens[start:stop, 3 * size**2 :].any(), (
+                "a patch smaller than patch_size must be followed by zeros"
+            )
 
 
 T = TypeVar("T", "PackedBatch", "PackedText")

@@ -26,6 +26,9 @@ class PackingCollator:
         tokenizer: Turns captions into ``batch.captions``.
         transform: ``transform(uint8 (H, W, 3), torch.Generator) -> same shape``, applied after the
             resize; its generator is keyed by the sample.
+
+    Raises:
+        ValueError: If ``config`` wants several patch sizes in batches of one size ("uniform").
     """
 
     def __init__(
@@ -35,6 +38,12 @@ class PackingCollator:
         tokenizer: CaptionTokenizer | None = None,
         transform: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
+        if config.separate_patch_sizes:
+            raise ValueError(
+                'PackingCollator needs patch_mixing="mixed", as it makes one batch of all samples; '
+                f'got "uniform" with the patch sizes {config.separate_patch_sizes}. Mix them, or '
+                "take PackedStream or packer.pack for batches of one size."
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.transform = transform

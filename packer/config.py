@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from packer.plan.drop import NoDrop, TokenDrop
+from packer.plan.patch_size import OnePatchSize, PatchSizes
 from packer.plan.place import Placement
 from packer.plan.resize import Crop, Native, NoCrop, ResizePolicy, Resolution
 
@@ -20,7 +21,12 @@ class PackerConfig:
     """
 
     patch_size: int = 16
-    """Side of a square patch in pixels."""
+    """Side of a square patch in pixels, where `patch_sizes` draws none."""
+    patch_sizes: PatchSizes = field(default_factory=OnePatchSize)
+    """Distribution each image's patch size is drawn from."""
+    patch_mixing: Literal["mixed", "uniform"] = "mixed"
+    """"mixed": images of different patch sizes share sequences; "uniform": every batch has one
+    patch size, and images wait for others of theirs."""
     seq_len: int = 1024
     """L: token places per sequence, shared by several images."""
     max_images_per_seq: int | None = None
@@ -83,7 +89,13 @@ class PackerConfig:
         _check_choice("decode", self.decode, ("reduced", "full"))
         _check_choice("resample", self.resample, ("bicubic", "bilinear"))
         _check_choice("missing_caption", self.missing_caption, ("skip", "keep"))
-        for name, kinds in (("resolution", Resolution), ("crop", Crop), ("token_drop", TokenDrop)):
+        _check_choice("patch_mixing", self.patch_mixing, ("mixed", "uniform"))
+        for name, kinds in (
+            ("patch_sizes", PatchSizes),
+            ("resolution", Resolution),
+            ("crop", Crop),
+            ("token_drop", TokenDrop),
+        ):
             if not isinstance(getattr(self, name), kinds):
                 names = ", ".join(kind.__name__ for kind in kinds.__args__)
                 raise ValueError(f"{name} must be one of {names}; got {getattr(self, name)!r}.")
@@ -94,6 +106,20 @@ class PackerConfig:
     def image_budget(self) -> int:
         """Token budget of an image before dropping: `max_tokens`, or `seq_len` where it is None."""
         return self.seq_len if self.max_tokens is None else self.max_tokens
+
+    @property
+    def largest_patch_size(self) -> int:
+        """Largest side of a patch an image may be given, in pixels."""
+        sizes = self.patch_sizes
+        return self.patch_size if isinstance(sizes, OnePatchSize) else sizes.sizes[-1]
+
+    @property
+    def separate_patch_sizes(self) -> tuple[int, ...]:
+        """Patch sizes that share no batch; () where all images may, or all have one size."""
+        sizes = self.patch_sizes
+        if isinstance(sizes, OnePatchSize) or self.patch_mixing == "mixed" or len(sizes.sizes) < 2:
+            return ()
+        return sizes.sizes
 
 
 def _check_positive(name: str, value: object) -> None:

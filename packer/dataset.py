@@ -121,6 +121,12 @@ class PackedDataset(Dataset[PackedBatch]):
         self.dataset, self.config, self.world_size = dataset, config, world_size
         self.sequences_per_batch = sequences_per_batch
         self.tokenizer, self.transform = tokenizer, transform
+        if config.separate_patch_sizes:
+            raise ValueError(
+                'PackedDataset needs patch_mixing="mixed", as ranks share steps whose sequences '
+                f'have any patch size; got "uniform" with the sizes {config.separate_patch_sizes}. '
+                "Mix them, or take PackedStream or packer.pack for batches of one size."
+            )
         checked = _checked_sizes(sizes, dataset)
         if keys is not None and len(keys) != len(checked):
             raise ValueError(

@@ -130,7 +130,8 @@ class LogicalStream:
         return as_sample(fields)
 
     def snapshot(self) -> dict[str, Any]:
-        """Describe the stream in integers, JSON-ready."""
+        """Describe the stream in integers, JSON-ready; lanes follow one another without a mark."""
+        lanes = self.engine.lanes.values()
         return {
             "stream": self.number,
             "num_streams": self.num_streams,
@@ -144,11 +145,13 @@ class LogicalStream:
             "window": [list(item.ref) for item in self.window],
             "ready": [
                 [[*image.ref, image.images_seen, image.plan.num_kept] for image in sequence]
-                for sequence in self.engine.ready
+                for lane in lanes
+                for sequence in lane.ready
             ],
             "placer": [
                 [*image.ref, image.images_seen, *place]
-                for image, *place in self.engine.placer.snapshot()
+                for lane in lanes
+                for image, *place in lane.placer.snapshot()
             ],
         }
 
@@ -160,12 +163,12 @@ class LogicalStream:
         rows = [*state["window"], *state["placer"], *chain.from_iterable(state["ready"])]
         raws = self._read_again({(row[1], row[2]) for row in rows})
         self.window = [Waiting(_as_ref(row), raws[row[1], row[2]], None) for row in state["window"]]
-        self.engine.ready = [
-            [self._plan_again(row, raws) for row in sequence] for sequence in state["ready"]
-        ]
-        self.engine.placer.restore(
-            (self._plan_again(row, raws), *row[4:]) for row in state["placer"]
-        )
+        for sequence in state["ready"]:
+            images = [self._plan_again(row, raws) for row in sequence]
+            self.engine.lane_of(images[0]).ready.append(images)
+        waiting = [(self._plan_again(row, raws), *row[4:]) for row in state["placer"]]
+        for lane in self.engine.lanes.values():
+            lane.placer.restore(row for row in waiting if self.engine.lane_of(row[0]) is lane)
 
     def _read_again(self, places: Collection[Place]) -> dict[Place, RawSample]:
         """Read the samples at (shard, offset); each shard is opened once."""

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -248,8 +248,20 @@ def _plans(sequence: Sequence[PendingImage], config: PackerConfig) -> SequencePl
     return fill_leftover(plans, config.seq_len) if config.fill_leftover else plans
 
 
+@dataclass
+class Lane:
+    """Images that may share a batch: those that wait for a place, and whole sequences."""
+
+    placer: Placer[PendingImage]
+    """Places the images."""
+    ready: list[list[PendingImage]] = field(default_factory=list)
+    """Complete sequences that wait to be a batch."""
+
+
 class PackEngine:
-    """The streaming engine: planned images wait in the placer, whole sequences wait to be a batch.
+    """The streaming engine: planned images wait in a placer, whole sequences wait to be a batch.
+
+    Where a batch has one patch size ("uniform"), images of each size wait in a lane of their own.
 
     Args:
         config: What is done to every image.
@@ -271,10 +283,17 @@ class PackEngine:
         self.config = config
         self.sequences_per_batch = sequences_per_batch
         self.reader = SampleReader(config)
-        self.placer: Placer[PendingImage] = Placer(
-            config.seq_len, placement=config.placement, max_images=config.max_images_per_seq
-        )
-        self.ready: list[list[PendingImage]] = []
+        self.lanes = {
+            size: Lane(
+                Placer(
+                    config.seq_len,
+                    placement=config.placement,
+                    max_images=config.max_images_per_seq,
+                )
+            )
+            for size in config.separate_patch_sizes or (0,)
+        }
+        """By the patch size of their images; one lane, 0, where any may share a batch."""
         self._tokenizer = tokenizer
         self._transform = transform
 
@@ -290,25 +309,37 @@ class PackEngine:
         """Plan one sample (see `plan_sample`) and place it; one that is skipped is counted."""
         image = self.reader.read(value, epoch=epoch, images_seen=images_seen, ref=ref, info=info)
         if image is not None:
-            self.ready += self.placer.push(image.plan.num_kept, image)
+            lane = self.lane_of(image)
+            lane.ready += lane.placer.push(image.plan.num_kept, image)
+
+    def lane_of(self, image: PendingImage) -> Lane:
+        """Return where an image waits: with those it may share a batch with."""
+        return self.lanes[image.plan.patch_size if self.config.separate_patch_sizes else 0]
 
     def batches(self) -> Iterator[PackedBatch]:
         """Yield batches of B whole sequences while there are enough."""
-        while len(self.ready) >= self.sequences_per_batch:
-            yield self._build()
+        for lane in self.lanes.values():
+            while len(lane.ready) >= self.sequences_per_batch:
+                yield self._build(lane)
 
     def finish(self) -> Iterator[PackedBatch]:
-        """Place everything that waits and yield it; empty sequences fill the last batch.
+        """Place everything that waits and yield it; empty sequences fill each lane's last batch.
 
         Samples skipped since are counted in a batch without images.
         """
-        self.ready += self.placer.flush()
-        while self.ready or self.reader.has_counts:
-            yield self._build()
+        for lane in self.lanes.values():
+            lane.ready += lane.placer.flush()
+        # Whole batches of all lanes first: the order in which a stream resumed here gives them.
+        yield from self.batches()
+        for lane in self.lanes.values():
+            if lane.ready:
+                yield self._build(lane)
+        while self.reader.has_counts:
+            yield self._build(next(iter(self.lanes.values())))
 
-    def _build(self) -> PackedBatch:
+    def _build(self, lane: Lane) -> PackedBatch:
         size = self.sequences_per_batch
-        sequences, self.ready = self.ready[:size], self.ready[size:]
+        sequences, lane.ready = lane.ready[:size], lane.ready[size:]
         missing = size - len(sequences)
         return build_batch(
             [*sequences, *([] for _ in range(missing))],

@@ -1,7 +1,7 @@
 """Pictures of packing: what one batch holds, for the eye and for the terminal."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, groupby
 from math import ceil, log
 from pathlib import Path
@@ -26,6 +26,7 @@ _ASPECT = 1.5  # width / height the layout aims at
 _PLANNED_SIDE = 8  # pixels of a patch that has no picture
 _BATCH_LEGEND = "above each image its kept / all tokens; the bar is a sequence's token places"
 _PLAN_LEGEND = "above each grid its kept / all tokens; the bar is a sequence's token places"
+_SIZE_LEGEND = "; p: side of its patches in pixels"
 _LEAST_PATCHES = 44  # across the picture; fewer would be drawn needlessly large
 
 
@@ -37,6 +38,8 @@ class _Tile:
     rows: int
     cols: int
     num_kept: int
+    patch_size: int | None = None
+    """Named above the image where sizes differ."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def draw_batch(batch: PackedBatch, path: Path | str, *, max_sequences: int = 8) 
 
     An image stands in the grid it was resized to, its kept patches at their (row, col) and dark
     hatching where a patch was dropped, under "kept/all" token counts. The bar below each sequence
-    is its L token places, one colour per image, padding grey.
+    is its L token places, one colour per image, padding grey. Patches are drawn equally large, as
+    each is a token; where their sizes differ, an image's follows its counts ("p16").
 
     Args:
         batch: On any device.
@@ -74,7 +78,8 @@ def draw_batch(batch: PackedBatch, path: Path | str, *, max_sequences: int = 8) 
             f"{tuple(batch.segment_ids.shape)} (B, L). Draw a batch with at least one sequence."
         )
     sheet = _Sheet(_rows(batch, max_sequences), batch.seq_len, len(batch.segment_ids))
-    return _save(sheet.draw(_summary(batch), _BATCH_LEGEND), path)
+    legend = _BATCH_LEGEND + ("" if batch.patch_sizes is None else _SIZE_LEGEND)
+    return _save(sheet.draw(_summary(batch), legend), path)
 
 
 def draw_plan(
@@ -99,15 +104,17 @@ def draw_plan(
             f"a picture needs at least one sequence; got {len(sequences)}, max_sequences="
             f"{max_sequences}."
         )
+    images = [image for sequence in sequences for image in sequence]
+    several = len({image.patch_size for image in images}) > 1
     rows = [
-        _planned_row(index, sequence, seq_len)
+        _planned_row(index, sequence, seq_len, several=several)
         for index, sequence in enumerate(sequences[:max_sequences])
     ]
-    images = [image for sequence in sequences for image in sequence]
     title = _summary_text(
         len(images), len(sequences), seq_len, sum(image.num_kept for image in images)
     )
-    return _save(_Sheet(rows, seq_len, len(sequences)).draw(title, _PLAN_LEGEND), path)
+    legend = _PLAN_LEGEND + (_SIZE_LEGEND if several else "")
+    return _save(_Sheet(rows, seq_len, len(sequences)).draw(title, legend), path)
 
 
 def batch_text(batch: PackedBatch, *, width: int = 64) -> str:
@@ -193,7 +200,11 @@ class _Sheet:
         axes.imshow(tile.pixels, extent=extent, aspect="auto", interpolation_stage="rgba")
         edge: dict[str, Any] = {"edgecolor": colour, "linewidth": 1.6}
         axes.add_patch(Rectangle((x, y), tile.cols, tile.rows, fill=False, **edge))
-        for text in (f"{tile.num_kept}/{tile.rows * tile.cols}", str(tile.num_kept)):
+        count = f"{tile.num_kept}/{tile.rows * tile.cols}"
+        texts = [count, str(tile.num_kept)]
+        if tile.patch_size is not None:
+            texts = [f"{text} p{tile.patch_size}" for text in texts] + [f"p{tile.patch_size}"]
+        for text in texts:
             if len(text) * 0.6 * _FONT <= (tile.cols + 0.8) * self.points:
                 self._text(axes, x, y - 0.5 * self.label, text, color=colour, ha="left")
                 break
@@ -256,12 +267,13 @@ def _rows(batch: PackedBatch, count: int) -> list[_Row]:
             if slot:
                 mine = ids[b] == slot
                 side = batch.patch_size if sizes is None else sizes[b][slot - 1]
-                tiles.append(_tile(patches[b][mine], positions[b][mine], grids[b][slot - 1], side))
+                tile = _tile(patches[b][mine], positions[b][mine], grids[b][slot - 1], side)
+                tiles.append(tile if sizes is None else replace(tile, patch_size=side))
         rows.append(_Row(b, tiles, segments))
     return rows
 
 
-def _planned_row(index: int, sequence: SequencePlan, seq_len: int) -> _Row:
+def _planned_row(index: int, sequence: SequencePlan, seq_len: int, *, several: bool) -> _Row:
     tiles = []
     for slot, image in enumerate(sequence):
         rows, cols = image.grid
@@ -272,7 +284,8 @@ def _planned_row(index: int, sequence: SequencePlan, seq_len: int) -> _Row:
         colour = np.array(_COLOURS[slot % len(_COLOURS)][:3])
         shades = 255 * (1 - light[:, None] * (1 - colour))
         patches = np.tile(shades.astype(np.uint8), (1, _PLANNED_SIDE**2))
-        tiles.append(_tile(patches, positions, [rows, cols], _PLANNED_SIDE))
+        tile = _tile(patches, positions, [rows, cols], _PLANNED_SIDE)
+        tiles.append(replace(tile, patch_size=image.patch_size) if several else tile)
     lengths = [image.num_kept for image in sequence]
     padding = seq_len - sum(lengths)
     segments = [*enumerate(lengths, start=1), *([(0, padding)] if padding else [])]

@@ -10,6 +10,7 @@ from binascii import crc32
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
@@ -31,11 +32,11 @@ __all__ = ["LoaderState", "PackedStream"]
 class PackedStream(IterableDataset[PackedBatch]):
     """Packed batches from tar shards: ``DataLoader(stream, batch_size=None, num_workers=...)``.
 
-    Every batch has the same B and L. Without ``epochs`` the stream never ends and there is no
-    barrier between epochs: images still waiting for a place carry over. The batches of a stream
-    depend neither on the number of workers nor on that of ranks; where ranks x workers divides the
-    number of streams, the order of all batches does not either (in a finite pass: until a stream
-    ends).
+    Every batch has the same B and L, and with ``config.patch_mixing`` "uniform" one patch size.
+    Without ``epochs`` the stream never ends and there is no barrier between epochs: images still
+    waiting for a place carry over. The batches of a stream depend neither on the number of workers
+    nor on that of ranks; where ranks x workers divides the number of streams, the order of all
+    batches does not either (in a finite pass: until a stream ends).
 
     Args:
         shards: Tar shards: a path, a brace range (``pairs-{000..099}.tar``), an http(s) URL, a
@@ -103,7 +104,9 @@ class PackedStream(IterableDataset[PackedBatch]):
             (shard_name(path), -1 if is_remote(path) else Path(path).stat().st_size)
             for path in paths
         ]
-        described = [sizes, config.seed, shuffle_shards, shuffle_window]
+        described: list[Any] = [sizes, config.seed, shuffle_shards, shuffle_window]
+        if config.separate_patch_sizes:  # what waits in a lane of its own fits no common one
+            described.append(config.separate_patch_sizes)
         self.source = StreamSource(
             shards=paths,
             config=config,

@@ -14,15 +14,17 @@ import numpy.typing as npt
 
 from packer.config import PackerConfig
 from packer.plan.balance import attention_costs, balance_steps
-from packer.plan.draws import keyed_draws, keyed_draws_many
+from packer.plan.draws import KeyedDraws, keyed_draws, keyed_draws_many
 from packer.plan.drop import ConstantDrop, NoDrop, ScheduledDrop
-from packer.plan.many import plan_resize_many
+from packer.plan.many import budgets_many, patch_sizes_many, plan_resize_many
+from packer.plan.patch_size import OnePatchSize, ScheduledPatchSize
 from packer.plan.place import pack_lengths
-from packer.plan.resize import FixedSide, Native, NoCrop, budget_from_side
+from packer.plan.resize import FixedSide, Native, NoCrop
 from packer.plan.types import ImageSize
 
 Int64Array = npt.NDArray[np.int64]
 
+_PATCH_SIZE = KeyedDraws._fields.index("patch_size")
 _SAMPLED = 20_000  # images whose lengths in two epochs tell how much an epoch's total varies
 _DEVIATIONS = 5  # between two epochs, that there is room for: exceeded once in 3 million epochs
 
@@ -58,15 +60,20 @@ def kept_lengths(
             for (height, width), draw in zip(sizes.tolist(), by_crop, strict=True)
         ]
         sizes = np.array([(box.height, box.width) for box in boxes], np.int64).reshape(-1, 2)
-    budget, patch_size = config.image_budget, config.patch_size
-    budgets: int | Int64Array
-    if isinstance(resolution, Native | FixedSide):
-        budgets = budget_from_side(resolution.side(0), patch_size, budget)
-    else:
-        sides = map(resolution.side, by_side)
-        budgets = np.array([budget_from_side(side, patch_size, budget) for side in sides], np.int64)
+    sides = None
+    if isinstance(resolution, FixedSide):
+        sides = np.full(len(sizes), resolution.px, np.float64)
+    elif not isinstance(resolution, Native):
+        sides = np.array(list(map(resolution.side, by_side)), np.float64)
+    patch_sizes: int | Int64Array = config.patch_size
+    if not isinstance(config.patch_sizes, OnePatchSize):
+        # As `packer.plan.draws.uniform`, bit for bit.
+        uniforms = (draws[:, _PATCH_SIZE] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        all_seen = np.broadcast_to(np.asarray(images_seen, np.int64), len(sizes))
+        patch_sizes = patch_sizes_many(config, uniforms, sizes, sides, all_seen)
+    budgets = budgets_many(sides, patch_sizes, config.image_budget)
     rows, cols = plan_resize_many(
-        sizes[:, 0], sizes[:, 1], patch_size=patch_size, max_tokens=budgets, policy=config.resize
+        sizes[:, 0], sizes[:, 1], patch_size=patch_sizes, max_tokens=budgets, policy=config.resize
     )
     tokens = rows * cols
     if isinstance(drop, NoDrop | ConstantDrop):
@@ -88,8 +95,19 @@ def has_random_lengths(config: PackerConfig) -> bool:
     return not (
         fixed_drop
         and isinstance(config.crop, NoCrop)
+        and isinstance(config.patch_sizes, OnePatchSize)
         and isinstance(config.resolution, Native | FixedSide)
     )
+
+
+def _moments(config: PackerConfig) -> list[int]:
+    """Images seen where a schedule may leave an image most tokens; none without a schedule."""
+    drop, patch_sizes, moments = config.token_drop, config.patch_sizes, set()
+    if isinstance(drop, ScheduledDrop):
+        moments.add(1 << 62 if drop.tau < 0 else 0)  # a falling schedule is lowest at its end
+    if isinstance(patch_sizes, ScheduledPatchSize):
+        moments |= {patch_sizes.images * i // 4 for i in range(5)}
+    return sorted(moments)
 
 
 @dataclass(frozen=True)
@@ -162,19 +180,21 @@ class EpochPlanner:
     def num_steps(self, first: PlacedEpoch) -> int:
         """Return the global steps that suffice for every epoch, one as for all.
 
-        It is what epoch 0 needs (with a schedule, at its lowest drop rate), and where epochs differ
-        one sequence more and five standard deviations of the difference between two epochs.
+        It is what epoch 0 needs (with a schedule, where it leaves most tokens), and where epochs
+        differ one sequence more and five standard deviations of the difference between two epochs.
 
         Args:
             first: Epoch 0, as `place` gives it.
         """
-        drop, order = self.config.token_drop, first.order
-        seen, n = 0, len(order)
-        if isinstance(drop, ScheduledDrop):
-            seen = 1 << 62 if drop.tau < 0 else 0  # a falling schedule is lowest at its end
-            first = self._placed(order, self._lengths(order, 0, seen))
+        order, n, seen = first.order, len(first.order), 0
+        moments = _moments(self.config)
+        if moments:
+            longest = [
+                (self._placed(order, self._lengths(order, 0, moment)), moment) for moment in moments
+            ]
+            first, seen = max(longest, key=lambda pair: len(pair[0].sequences))
         needed = len(first.sequences)
-        varies = has_random_lengths(self.config) or isinstance(drop, ScheduledDrop)
+        varies = has_random_lengths(self.config) or bool(moments)
         if self.shuffle or varies:
             # A sample in two epochs: half the mean square difference is an image's variance.
             some = order[:: ceil(n / _SAMPLED)]

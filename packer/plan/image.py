@@ -3,6 +3,7 @@
 from packer.config import PackerConfig
 from packer.plan.draws import keyed_draws
 from packer.plan.drop import num_kept_tokens
+from packer.plan.patch_size import OnePatchSize
 from packer.plan.resize import budget_from_side, plan_resize
 from packer.plan.types import ImagePlan, ImageSize
 
@@ -10,7 +11,7 @@ from packer.plan.types import ImagePlan, ImageSize
 def plan_image(
     key: str, size: ImageSize, config: PackerConfig, *, epoch: int = 0, images_seen: int = 0
 ) -> ImagePlan:
-    """Decide crop, grid and number of kept tokens of one image.
+    """Decide crop, patch size, grid and number of kept tokens of one image.
 
     Args:
         key: The sample's key; with ``config.seed`` and ``epoch`` it determines every draw.
@@ -26,10 +27,15 @@ def plan_image(
     box = config.crop.box(size, draws.crop)
     shown = size if box is None else ImageSize(box.height, box.width)
     side = config.resolution.side(draws.resolution)
+    patch_size, budget = config.patch_size, config.image_budget
+    if not isinstance(config.patch_sizes, OnePatchSize):
+        patch_size = config.patch_sizes.choose(
+            draws.patch_size, shown, side, budget, policy=config.resize, images_seen=images_seen
+        )
     grid = plan_resize(
         shown,
-        patch_size=config.patch_size,
-        max_tokens=budget_from_side(side, config.patch_size, config.image_budget),
+        patch_size=patch_size,
+        max_tokens=budget_from_side(side, patch_size, budget),
         policy=config.resize,
     )
     rate = config.token_drop.rate(grid.num_tokens, draws.drop_rate, images_seen)
@@ -38,7 +44,7 @@ def plan_image(
         size=size,
         box=box,
         grid=grid,
-        patch_size=config.patch_size,
+        patch_size=patch_size,
         num_kept=num_kept_tokens(grid.num_tokens, rate),
         kept_draw=draws.kept,
         augment_draw=draws.augment,

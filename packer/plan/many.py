@@ -19,6 +19,7 @@ from packer.plan.drop import (
     ScheduledDrop,
     TokenDrop,
 )
+from packer.plan.patch_size import OnePatchSize, RandomPatchSize, ScheduledPatchSize
 from packer.plan.resize import (
     Crop,
     FixedSide,
@@ -60,12 +61,34 @@ def plan_lengths(
     Returns:
         int32 (n,) kept tokens of each image, between 1 and `config.seq_len`.
     """
+    return plan_patches(sizes, config, rng, beta=beta, images_seen=images_seen)[0]
+
+
+def plan_patches(
+    sizes: npt.NDArray[np.integer[Any]],
+    config: PackerConfig,
+    rng: np.random.Generator,
+    *,
+    beta: tuple[int | float, int | float] | None = None,
+    images_seen: int = 0,
+) -> tuple[npt.NDArray[np.int32], Int64Array]:
+    """Plan lengths as `plan_lengths` does, and say which patch size each image has.
+
+    Returns:
+        int32 (n,) kept tokens, and int64 (n,) sides of a patch in pixels.
+    """
     shown = crop_many(sizes.astype(np.int64), config.crop, rng)
+    sides = sides_many(config.resolution, len(shown), rng)
+    patch_sizes: int | Int64Array = config.patch_size
+    if not isinstance(config.patch_sizes, OnePatchSize):
+        uniforms = rng.random(len(shown))
+        seen = images_seen + np.arange(len(shown))
+        patch_sizes = patch_sizes_many(config, uniforms, shown, sides, seen)
     rows, cols = plan_resize_many(
         shown[:, 0],
         shown[:, 1],
-        patch_size=config.patch_size,
-        max_tokens=_budgets(config, rng, len(shown)),
+        patch_size=patch_sizes,
+        max_tokens=budgets_many(sides, patch_sizes, config.image_budget),
         policy=config.resize,
     )
     tokens = rows * cols
@@ -74,14 +97,14 @@ def plan_lengths(
     else:
         rates = drop_rates(config.token_drop, tokens, rng, images_seen=images_seen)
     kept: Int64Array = np.maximum(tokens - np.floor(rates * tokens).astype(np.int64), 1)
-    return kept.astype(np.int32)
+    return kept.astype(np.int32), np.broadcast_to(np.asarray(patch_sizes, np.int64), kept.shape)
 
 
 def plan_resize_many(
     heights: Int64Array,
     widths: Int64Array,
     *,
-    patch_size: int,
+    patch_size: int | Int64Array,
     max_tokens: int | Int64Array,
     policy: ResizePolicy = "shrink_only",
 ) -> tuple[Int64Array, Int64Array]:
@@ -90,7 +113,7 @@ def plan_resize_many(
     Args:
         heights: int64 (n,) pixels, at least 1.
         widths: int64 (n,) pixels, at least 1.
-        patch_size: Side of a patch in pixels.
+        patch_size: Side of a patch in pixels, one for all or int64 (n,).
         max_tokens: Token budget before dropping, one for all or int64 (n,).
         policy: See `plan_resize`.
 
@@ -101,10 +124,11 @@ def plan_resize_many(
         ValueError: If a side, a budget or `patch_size` is not positive.
     """
     budget = np.broadcast_to(np.asarray(max_tokens, dtype=np.int64), heights.shape)
-    if patch_size < 1 or any((values < 1).any() for values in (heights, widths, budget)):
+    patches = np.asarray(patch_size)
+    if any((values < 1).any() for values in (heights, widths, patches, budget)):
         raise ValueError(
             "heights, widths, patch_size and max_tokens must be positive; got minima "
-            f"{heights.min()}, {widths.min()}, {patch_size}, {budget.min()}."
+            f"{heights.min()}, {widths.min()}, {patches.min()}, {budget.min()}."
         )
     if policy == "fill_budget":
         return _fill_budget_many(heights, widths, patch_size, budget)
@@ -183,17 +207,83 @@ def sides_many(resolution: Resolution, n: int, rng: np.random.Generator) -> Floa
     return low + share * (high - low)
 
 
-def _budgets(config: PackerConfig, rng: np.random.Generator, n: int) -> Int64Array:
-    """Draw token budgets as `packer.plan.resize.budget_from_side` gives them."""
-    sides = sides_many(config.resolution, n, rng)
+def patch_sizes_many(
+    config: PackerConfig,
+    uniforms: FloatArray,
+    sizes: Int64Array,
+    sides: FloatArray | None,
+    images_seen: Int64Array,
+) -> Int64Array:
+    """Choose patch sizes as ``config.patch_sizes.choose`` does, in the same floats.
+
+    Args:
+        config: Its patch sizes are drawn.
+        uniforms: float64 (n,) draws in [0, 1).
+        sizes: int64 (n, 2) heights and widths in pixels, after the crop.
+        sides: float64 (n,) sides of the squares of the drawn areas in pixels; None: native.
+        images_seen: int64 (n,) images the run has seen before each.
+
+    Returns:
+        int64 (n,) sides of a patch in pixels.
+    """
+    drawn = config.patch_sizes
+    assert not isinstance(drawn, OnePatchSize)
+    candidates = np.array(drawn.sizes, np.int64)
+    up_to = _shares_up_to(drawn, images_seen)
+    total = up_to[:, -1:]
+    first = np.zeros(len(sizes), np.int64)
+    if drawn.within_budget:
+        fits = np.stack([_fits(config, int(p), sizes, sides) for p in candidates], axis=1)
+        first = np.where(fits.any(axis=1), fits.argmax(axis=1), len(candidates) - 1)
+    below = np.take_along_axis(np.pad(up_to, ((0, 0), (1, 0))), first[:, None], axis=1)
+    points = below + uniforms[:, None] * (total - below)
+    last = (up_to < total).sum(axis=1)
+    chosen: Int64Array = candidates[np.minimum((up_to <= points).sum(axis=1), last)]
+    return chosen
+
+
+def budgets_many(
+    sides: FloatArray | None, patch_sizes: int | Int64Array, max_tokens: int
+) -> int | Int64Array:
+    """Return the token budgets that `packer.plan.resize.budget_from_side` gives, for many images.
+
+    Args:
+        sides: float64 (n,) sides of the squares of the drawn areas in pixels; None: native.
+        patch_sizes: Side of a patch in pixels, one for all or int64 (n,).
+        max_tokens: Token budget of an image.
+    """
     if sides is None:
-        return np.full(n, config.image_budget, dtype=np.int64)
-    areas: Int64Array = (sides * sides / config.patch_size**2).astype(np.int64)
-    return np.clip(areas, 1, config.image_budget)
+        return max_tokens
+    areas: Int64Array = (sides * sides / patch_sizes**2).astype(np.int64)
+    return np.clip(areas, 1, max_tokens)
+
+
+def _shares_up_to(
+    drawn: RandomPatchSize | ScheduledPatchSize, images_seen: Int64Array
+) -> FloatArray:
+    """Return (n, sizes), or one row for all: for each size the share of it and all smaller ones."""
+    if isinstance(drawn, RandomPatchSize):
+        return np.cumsum([drawn.shares()], axis=1)
+    t = np.minimum(images_seen / drawn.images, 1.0)[:, None]
+    first, last = np.array(drawn.shares(0)), np.array(drawn.shares(drawn.images))
+    return np.cumsum((1 - t) * first + t * last, axis=1)
+
+
+def _fits(
+    config: PackerConfig, patch_size: int, sizes: Int64Array, sides: FloatArray | None
+) -> npt.NDArray[np.bool_]:
+    """Say of which images the resolution fits the budget, as `first_fitting` does."""
+    native: npt.NDArray[np.bool_] = (
+        np.maximum(sizes // patch_size, 1).prod(axis=1) <= config.image_budget
+    )
+    if sides is None:
+        return native
+    drawn = (sides * sides / patch_size**2).astype(np.int64) <= config.image_budget
+    return drawn | native if config.resize == "shrink_only" else drawn
 
 
 def _fill_budget_many(
-    heights: Int64Array, widths: Int64Array, patch_size: int, budget: Int64Array
+    heights: Int64Array, widths: Int64Array, patch_size: int | Int64Array, budget: Int64Array
 ) -> tuple[Int64Array, Int64Array]:
     """Repeat the bisection of `plan_resize` step by step, in the same floats."""
 

@@ -57,7 +57,9 @@ def _table(images: Sequence[ImagePlan]) -> list[str]:
     width = max(len("image"), *map(len, keys))
     cropped = any(image.box is not None for image in images)
     crop = f"{'crop':>12}" if cropped else ""
-    counts = f"{'patches':>10}{'tokens':>8}{'kept':>6}{'drop %':>8}"
+    sizes_differ = len({image.patch_size for image in images}) > 1
+    patch = f"{'patch':>7}" if sizes_differ else ""
+    counts = f"{patch}{'patches':>10}{'tokens':>8}{'kept':>6}{'drop %':>8}"
     lines = [f"{'image':<{width}}{'pixels':>13}{crop}{counts}"]
     for key, image in zip(keys, images, strict=True):
         if cropped:
@@ -65,9 +67,12 @@ def _table(images: Sequence[ImagePlan]) -> list[str]:
             crop = f"{'-' if box is None else f'{box.height} x {box.width}':>12}"
         total = image.grid.num_tokens
         native, grid = "{} x {}".format(*image.size), "{} x {}".format(*image.grid)
+        if sizes_differ:
+            patch = f"{image.patch_size:>7}"
         dropped = 100 * (1 - image.num_kept / total)
         lines.append(
-            f"{key:<{width}}{native:>13}{crop}{grid:>10}{total:>8}{image.num_kept:>6}{dropped:>8.1f}"
+            f"{key:<{width}}{native:>13}{crop}{patch}{grid:>10}{total:>8}{image.num_kept:>6}"
+            f"{dropped:>8.1f}"
         )
     return lines
 

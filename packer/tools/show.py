@@ -101,15 +101,20 @@ class Show:
 
     def plan(self) -> Iterator[SequencePlan]:
         """Plan the sizes and yield the sequences they fill; drawn sizes never end."""
-        placer = Placer[ImagePlan](
-            self.config.seq_len,
-            placement=self.config.placement,
-            max_images=self.config.max_images_per_seq,
-        )
+        config = self.config
+        apart = config.separate_patch_sizes
+        placers = {
+            size: Placer[ImagePlan](
+                config.seq_len, placement=config.placement, max_images=config.max_images_per_seq
+            )
+            for size in apart or (0,)
+        }
         for index, size in enumerate(self._sizes()):
-            image = plan_image(f"image {index}", size, self.config, images_seen=index)
+            image = plan_image(f"image {index}", size, config, images_seen=index)
+            placer = placers[image.patch_size if apart else 0]
             yield from map(self._complete, placer.push(image.num_kept, image))
-        yield from map(self._complete, placer.flush())
+        for placer in placers.values():
+            yield from map(self._complete, placer.flush())
 
     def _complete(self, images: list[ImagePlan]) -> SequencePlan:
         sequence = tuple(images)

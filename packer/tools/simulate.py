@@ -12,6 +12,7 @@ from tqdm import tqdm
 from packer.config import PackerConfig
 from packer.plan.drop import BetaDrop, TokenDrop
 from packer.plan.many import plan_lengths
+from packer.plan.patch_size import OnePatchSize, PatchSizes
 from packer.plan.place import Placement, Strategy
 from packer.plan.resize import Crop, Native, NoCrop, ResizePolicy, Resolution
 from packer.plan.simulate import Placed, PlacementReport, laion_sizes, place_lengths
@@ -51,7 +52,9 @@ class Simulate:
     strategies: tuple[Strategy, ...] = ("exact", "best_fit", "first_fit", "next_fit")
     """Placement strategies."""
     patch_size: int = 16
-    """Side of a square patch in pixels."""
+    """Side of a square patch in pixels, where `patch_sizes` draws none."""
+    patch_sizes: PatchSizes = field(default_factory=OnePatchSize)
+    """Distribution each image's patch size is drawn from; all sizes share sequences ("mixed")."""
     max_tokens: int | None = None
     """Token budget of one image before dropping; None means L."""
     max_images_per_seq: int | None = None
@@ -104,7 +107,9 @@ class Simulate:
 
         source, sizes = self._sizes()
         found = list(self.results(sizes))
-        title = f"{len(sizes):,} images {source}, patch {self.patch_size}, {self._settings()}"
+        one = isinstance(self.patch_sizes, OnePatchSize)
+        patch = f"patch {self.patch_size}" if one else repr(self.patch_sizes)
+        title = f"{len(sizes):,} images {source}, {patch}, {self._settings()}"
         print(title)
         print(self._explain())
         print("\n" + results_text(found))

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,42 @@ def sequences(draw: st.DrawFn) -> list[list[PlacedImage]]:
         [replace(image, order=order[image.label]) for image in row]  # type: ignore[index]
         for row in result
     ]
+
+
+@given(sequences=sequences(), data=st.data())
+def test_a_batch_of_mixed_patch_sizes_is_as_wide_as_the_largest(
+    sequences: list[list[PlacedImage]], data: st.DataObject
+) -> None:
+    mixed = []
+    for row in sequences:
+        sizes = [data.draw(st.sampled_from([P, 3, 5])) for _ in row]
+        mixed.append(
+            [
+                replace(
+                    image,
+                    plan=image.plan._replace(patch_size=size),
+                    patches=torch.full((image.plan.num_kept, 3 * size**2), 7 + size).byte(),
+                )
+                for image, size in zip(row, sizes, strict=True)
+            ]
+        )
+    batch = build(mixed)  # it checks every invariant, the zeros behind smaller patches too
+    expected = {image.plan.key: image.plan.patch_size for row in mixed for image in row}
+    largest = max(expected.values(), default=P)
+    assert batch.patch_size == largest
+    assert batch.patches.shape[2] == 3 * largest**2
+    if len(set(expected.values())) < 2:
+        assert batch.patch_sizes is None
+        return
+    assert batch.patch_sizes is not None
+    for key, size in expected.items():
+        image = batch.keys.index(key)
+        assert batch.patch_sizes[batch.image_index == image].tolist() == [size]
+        assert batch.segment_patch_sizes[batch.segment_images.index(image)] == size
+        assert bool((unpack(batch)[key].patches[:, : 3 * size**2] == 7 + size).all())
+    derived = replace(batch, segment_patch_sizes=())
+    assert derived.segment_patch_sizes == batch.segment_patch_sizes
+    assert_same(pickle.loads(pickle.dumps(batch)), batch)
 
 
 @given(sequences=sequences())

@@ -125,6 +125,26 @@ BROKEN: dict[str, tuple[Callable[[PackedBatch], PackedBatch], str]] = {
     "grid of an empty slot": (set_at("grid_sizes", (-1, -1, 0), 2), "grid_sizes must be 0"),
     "patch_size": (lambda b: replace(b, patch_size=5), r"3 \* patch_size"),
     "patch_sizes": (set_at("patch_sizes", (0, 0), 5), "patch_sizes"),
+    "patch size of an image": (set_at("patch_sizes", (0, 0), 0), "between 1 and patch_size"),
+    "patch size of an empty slot": (set_at("patch_sizes", (-1, -1), 4), "0 in empty slots"),
+    "segment_patch_sizes": (
+        lambda b: replace(b, segment_patch_sizes=(*b.segment_patch_sizes[1:], 4)),
+        "segment_patch_sizes disagrees",
+    ),
+    "segment_patch_sizes of one size": (
+        lambda b: replace(b, patch_sizes=None),
+        "segment_patch_sizes needs patch_sizes",
+    ),
+    "pixels behind a smaller patch": (
+        lambda b: replace(
+            b,
+            patch_sizes=b.patch_sizes.index_put(
+                (torch.tensor(0), torch.tensor(0)), torch.tensor(2, dtype=torch.int32)
+            ),
+            segment_patch_sizes=(),
+        ),
+        "followed by zeros",
+    ),
     "texts": (lambda b: replace(b, texts=b.texts[1:]), "texts must have one entry"),
     "labels": (lambda b: replace(b, labels=b.labels[1:]), "labels must have one entry"),
     "caption of no image": (change_text(image_index=torch.arange(1, 8)), "name images"),
