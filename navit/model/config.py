@@ -12,6 +12,7 @@ PositionCombination = Literal["sum", "product", "stack"]
 GridInterpolation = Literal["antialias", "corners", "bicubic", "bicubic_antialias"]
 Pooling = Literal["map", "mean", "cls", "last"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Stem = Literal["resnet", "convs"]
 PerChannel = tuple[float, float, float]
 
 T = TypeVar("T", bound="ModelConfig")
@@ -146,6 +147,17 @@ class NaViTConfig(TransformerConfig):
     scale to [-1, 1]."""
     pixel_std: PerChannel = (0.5, 0.5, 0.5)
     """What the differences are divided by."""
+    stem: Stem | None = None
+    """What turns pixels into the tokens of `patch_size` pixels a side: "resnet", the first stages
+    of a ResNet (ViT's hybrid, arXiv:2010.11929, section 3.1); "convs", a few 3 x 3 convolutions
+    (arXiv:2106.14881); None, one projection of each patch. A stem sees whole images: none of a
+    batch may have dropped tokens."""
+    stem_width: int = 64
+    """Channels of a stem's first convolution; each further stage doubles them."""
+    stem_stages: tuple[int, ...] = (3, 4, 9)
+    """Bottleneck units ("resnet"), or convolutions ("convs"), of each stage. Together they must
+    lead to patches: `patch_size` must be a multiple of `stem_stride`. "resnet" of (3, 4, 9) is that
+    of R50+ViT-B/16; "convs" of (1, 1, 1, 1) and width 24 that of the smallest in its paper."""
     patch_bias: bool | None = None
     """Whether the patch embedding has a bias (CLIP has none there); None: as `biases` says."""
     pos_embed: PositionEmbedding = "fourier"
@@ -171,6 +183,17 @@ class NaViTConfig(TransformerConfig):
     leave the model without it (timm's ``fc_norm``, CLIP in Hugging Face)."""
 
     @property
+    def stem_stride(self) -> int:
+        """Pixels between the places of a stem's last feature map; 1 without a stem.
+
+        Every stage of "convs" halves the map. The root of "resnet" quarters it, and every stage but
+        the first halves it.
+        """
+        if self.stem is None:
+            return 1
+        return 1 << (len(self.stem_stages) + (self.stem == "resnet"))
+
+    @property
     def num_prefix(self) -> int:
         """R: tokens added before each image's own, the class token and the registers."""
         return self.num_registers + (self.pool == "cls")
@@ -194,6 +217,36 @@ class NaViTConfig(TransformerConfig):
         _check_choice("pos_combine", self.pos_combine, get_args(PositionCombination))
         _check_choice("pos_interpolation", self.pos_interpolation, get_args(GridInterpolation))
         self._check_positions()
+        self._check_stem()
+
+    def _check_stem(self) -> None:
+        if self.stem is None:
+            if (self.stem_width, self.stem_stages) != (64, (3, 4, 9)):
+                raise ValueError(
+                    "stem_width and stem_stages are for a stem, 'resnet' or 'convs'; got "
+                    f"{self.stem_width} and {self.stem_stages} with stem None."
+                )
+            return
+        _check_choice("stem", self.stem, get_args(Stem))
+        _check_positive(self, "stem_width")
+        if self.stem_width < 2:
+            raise ValueError(f"stem_width must be at least 2 channels; got {self.stem_width}.")
+        if not self.stem_stages or min(self.stem_stages) < 1:
+            raise ValueError(
+                "stem_stages must hold at least one stage, each of at least one unit; got "
+                f"{self.stem_stages}."
+            )
+        if self.patch_size % self.stem_stride:
+            raise ValueError(
+                f"patch_size must be a multiple of the stem's stride, {self.stem_stride} pixels "
+                f"with {len(self.stem_stages)} stages; got {self.patch_size}. Leave out stages, or "
+                "take larger patches."
+            )
+        if self.patch_buffer is not None:
+            raise ValueError(
+                "patch_buffer must be None with a stem, whose convolutions are made for one patch "
+                f"size; got {self.patch_buffer}. A tower of several patch sizes has no stem."
+            )
 
     def _check_positions(self) -> None:
         if self.pos_embed == "grid":

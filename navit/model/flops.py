@@ -9,6 +9,7 @@ import numpy as np
 
 from navit.model.classifier import ClassifierConfig
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig, TransformerConfig
+from navit.model.stem import stem_flops
 from packer.batch import PackedBatch
 
 
@@ -22,14 +23,16 @@ def batch_flops(config: CLIPConfig | ClassifierConfig, batch: PackedBatch) -> in
     Returns:
         Two for each multiply-add of a matrix product; 0 for a batch without images.
     """
-    pairs = zip(batch.segment_lengths, batch.segment_images, strict=True)
-    lengths = [length for length, image in pairs if image >= 0]
-    if not lengths:
+    sizes = batch.segment_patch_sizes or (batch.patch_size,) * len(batch.segment_lengths)
+    pairs = zip(batch.segment_lengths, sizes, batch.segment_images, strict=True)
+    images = [(length, size) for length, size, image in pairs if image >= 0]
+    if not images:
         return 0
-    flops = image_flops(config.vision, lengths)
+    lengths, patch_sizes = zip(*images, strict=True)
+    flops = image_flops(config.vision, lengths, patch_sizes)
     width = config.vision.width
     if isinstance(config, ClassifierConfig):
-        return flops + 2 * len(lengths) * width * config.num_classes
+        return flops + len(lengths) * head_flops(config)
     if config.image_projection:
         flops += 2 * len(lengths) * width * config.embed_dim
     if batch.captions is not None and batch.captions.segment_lengths:
@@ -39,15 +42,38 @@ def batch_flops(config: CLIPConfig | ClassifierConfig, batch: PackedBatch) -> in
     return flops
 
 
-def image_flops(config: NaViTConfig, lengths: Sequence[int]) -> int:
-    """Return the operations of the image tower on images of so many kept tokens each."""
+def image_flops(
+    config: NaViTConfig, lengths: Sequence[int], patch_sizes: Sequence[int] | None = None
+) -> int:
+    """Return the operations of the image tower on images of so many kept tokens each.
+
+    Resizing weights to the patch sizes of a flexible tower is not counted: a few hundred patches'
+    worth a batch.
+
+    Args:
+        config: The tower.
+        lengths: Kept tokens of each image.
+        patch_sizes: Side of each image's patches in pixels; None: the tower's own.
+    """
     patches = sum(lengths)
-    flops = 2 * patches * 3 * config.patch_size**2 * config.width
+    if config.stem is not None:
+        flops = stem_flops(config, patches)
+    else:
+        sides = patch_sizes or [config.patch_size] * len(lengths)
+        pixels = sum(n * side**2 for n, side in zip(lengths, sides, strict=True))
+        flops = 2 * 3 * pixels * config.width
     if config.pos_embed == "grid":
         flops += 2 * patches * config.pos_table_size**2 * config.width
-    prefix = config.num_registers + (config.pool == "cls")
-    flops += _blocks_flops(config, np.asarray(lengths, np.int64) + prefix)
+    flops += _blocks_flops(config, np.asarray(lengths, np.int64) + config.num_prefix)
     return flops + _pool_flops(config, patches, len(lengths))
+
+
+def head_flops(config: ClassifierConfig) -> int:
+    """Return the operations of a classifier's head on one image."""
+    width, hidden = config.vision.width, config.representation_size
+    if hidden is None:
+        return 2 * width * config.num_classes
+    return 2 * hidden * (width + config.num_classes)
 
 
 def text_flops(config: TextConfig, lengths: Sequence[int]) -> int:

@@ -5,6 +5,8 @@ a row's and a column's weights. The weights follow from position and side alone,
 grids are embedded together, dropped ones cost nothing, and nothing is read back from the device.
 """
 
+from math import isqrt
+
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from navit.model.config import GridInterpolation, NaViTConfig
 
 class GridEmbed(nn.Module):
     """An n x n table of vectors, resized to (rows, cols) as `torch.nn.functional.interpolate` does.
+
+    On a grid of the table's size it is ViT's learned 1-D embedding, one vector for each place.
 
     Source: ViT (arXiv:2010.11929), section 3.2 (2-D interpolation; the code aligns corners); SigLIP
     2 (arXiv:2502.14786), section 2.2 "NaFlex" (antialiased bilinear).
@@ -34,6 +38,26 @@ class GridEmbed(nn.Module):
         )
         weights = (rows[:, :, None] * cols[:, None, :]).flatten(1)
         return weights.to(self.table.dtype) @ self.table
+
+
+def resize_grid(
+    table: Float[Tensor, "n D"], size: int, interpolation: GridInterpolation
+) -> Float[Tensor, "m D"]:
+    """Resize a table itself, so that training goes on from interpolated positions.
+
+    Args:
+        table: n x n vectors, row by row.
+        size: Side of the new table; m is its square.
+        interpolation: "corners" is what ViT's code does with ``scipy.ndimage.zoom(order=1)``.
+
+    Source: ViT (arXiv:2010.11929), section 3.2 "Fine-tuning and higher resolution".
+    """
+    place = torch.arange(size, dtype=torch.int32, device=table.device)
+    side = isqrt(table.shape[0])
+    weights = axis_weights(place, torch.full_like(place, size), side, interpolation)
+    cells = table.view(side, side, -1).to(weights.dtype)
+    resized = torch.einsum("ai,bj,ijd->abd", weights, weights, cells)
+    return resized.flatten(0, 1).to(table.dtype)
 
 
 def axis_weights(

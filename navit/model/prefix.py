@@ -41,8 +41,10 @@ def plan_prefix(plan: AttentionPlan, count: int) -> PrefixPlan:
 class PrefixTokens(nn.Module):
     """The class token (ViT, arXiv:2010.11929) and the registers (arXiv:2309.16588) of each image.
 
-    They stand before an image's patches in its segment, so an image sees its own alone. Their
-    positions are part of them: they are learned vectors anyway.
+    They stand before an image's patches in its segment, so an image sees its own alone. A class
+    token with a learned position of its own, as in ViT (timm: ``no_embed_class=False``), is the sum
+    of two learned vectors: one vector here. `navit.pretrained` adds them where it loads such a
+    model; trained from the start the two would differ only in the optimizer's step, both taking it.
     """
 
     def __init__(self, config: NaViTConfig) -> None:

@@ -28,6 +28,7 @@ from navit.model.patch_embed import PatchEmbed
 from navit.model.pool import make_pool
 from navit.model.pos_embed import make_pos_embed
 from navit.model.prefix import PrefixPlan, PrefixTokens, plan_prefix
+from navit.model.stem import ConvStem, GridGroups, group_grids
 from packer.batch import PackedBatch
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -99,8 +100,9 @@ class TokenPlan:
     """Which of the sorted segments is the i-th image."""
     prefix: PrefixPlan | None = None
     """Where class token and registers go; None without them."""
-    patches: PatchGroups | None = None
-    """The tokens by the size of their patches; None where there is one size."""
+    patches: PatchGroups | GridGroups | None = None
+    """The tokens by the size of their patches, None where there is one size; with a convolutional
+    stem by the grid of their image, None where there is no image."""
 
 
 def plan_tokens(
@@ -125,8 +127,10 @@ def plan_tokens(
         compiled=compiled,
     )
     plan = AttentionPlan(lengths, device, backend)
-    groups = None
-    if batch.patch_sizes is not None and lengths:
+    groups: PatchGroups | GridGroups | None = None
+    if config.stem is not None and lengths:
+        groups = group_grids([batch.segment_grids[segment] for segment in order], device)
+    elif batch.patch_sizes is not None and lengths:
         sizes = np.asarray(batch.segment_patch_sizes)[order]
         groups = group_patches(tuple(sizes.tolist()), lengths, device)
     return TokenPlan(
@@ -215,8 +219,10 @@ class NaViTOutput:
         return self.packed_tokens.shape[1]
 
 
-def make_patch_embed(config: NaViTConfig) -> PatchEmbed | FlexiPatchEmbed:
-    """Return the patch embedding that the configuration names."""
+def make_patch_embed(config: NaViTConfig) -> PatchEmbed | FlexiPatchEmbed | ConvStem:
+    """Return the patch embedding, or convolutional stem, that the configuration names."""
+    if config.stem is not None:
+        return ConvStem(config)
     settings: dict[str, Any] = {
         "bias": config.biases if config.patch_bias is None else config.patch_bias,
         "mean": config.pixel_mean,
@@ -252,15 +258,16 @@ class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
         """Encode a packed batch on the device its tensors are on.
 
         Raises:
-            ValueError: If the batch's patch size is not that of a model that has but one, or the
-                attention backend asked for cannot run here.
+            ValueError: If the batch's patch size is not that of a model that has but one, an image
+                lacks tokens that a convolutional stem needs, or the attention backend asked for
+                cannot run here.
         """
         self.patch_embed.check_patches(batch)
         dtype = self.norm.weight.dtype
         plan = plan_tokens(batch, self.config, dtype=dtype, compiled=self.is_compiled)
         positions, grids = gather_positions(batch, plan)
-        if isinstance(self.patch_embed, FlexiPatchEmbed):
-            # Outside of a compiled graph, which would be made anew for each set of sizes.
+        if not isinstance(self.patch_embed, PatchEmbed):
+            # Outside of a compiled graph, which would be made anew for each set of sizes or grids.
             patches = self.patch_embed(batch, plan.token_index, plan.patches)
         else:
             patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
@@ -285,7 +292,7 @@ class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "T D"]]:
         """Turn patches into (a vector for each image, its tokens): all that runs on the device.
 
-        A flexible tower gives them embedded.
+        A flexible tower, or one with a convolutional stem, gives them embedded.
         """
         embedded = patches.is_floating_point()
         x = patches if embedded else self.patch_embed(patches)

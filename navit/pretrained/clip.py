@@ -232,6 +232,7 @@ def _vision_json(config: NaViTConfig) -> dict[str, Any]:
     must = {
         **hf.PLAIN_TOWER,
         "patch_buffer": {None},
+        "stem": {None},
         "pos_embed": {"grid"},
         "pos_interpolation": {"bicubic"},
         "pool": {"cls"},

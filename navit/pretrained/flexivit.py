@@ -90,6 +90,7 @@ def save_flexivit(model: NaViT, path: str | Path) -> None:
     config = model.config
     must = {name: {value} for name, value in _TRAINED.items()}
     must |= {"pool_mlp": {True}, "patch_bias": {None, True}, "pool": {"cls", "mean", "map"}}
+    must |= {"stem": {None}}
     hf.check_saveable(config, "a FlexiViT of big_vision", must)
     weights = save_by_rules(_rules(config), model.state_dict())
     arrays = {

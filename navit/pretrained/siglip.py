@@ -292,6 +292,7 @@ def _vision_json(config: NaViTConfig, family: Family) -> dict[str, Any]:
     must = {
         **hf.PLAIN_TOWER,
         "patch_buffer": {None},
+        "stem": {None},
         "pos_embed": {"grid"},
         "pos_interpolation": {_INTERPOLATION[family]},
         "pool": {"map", "mean"},

@@ -86,6 +86,7 @@ def save_timm_vit(model: NaViT, folder: str | Path) -> None:
     must: dict[str, set[Any]] = {
         "biases": {True},
         "patch_buffer": {None},
+        "stem": {None},
         "pos_embed": {"grid"},
         "pos_interpolation": {"bicubic_antialias"},
         "pool_mlp": {True},

@@ -42,7 +42,8 @@ def test_a_compiled_tower_gives_the_eager_numbers_without_a_break() -> None:
 
 @pytest.mark.slow
 def test_code_made_by_inductor_gives_the_eager_numbers_too() -> None:
-    check(run_cases("inductor", "paper", "class token", "checkpointing", "patch sizes", "text"))
+    names = ("paper", "class token", "checkpointing", "patch sizes", "stem", "text")
+    check(run_cases("inductor", *names))
 
 
 def test_xformers_is_refused_with_a_reason() -> None:

@@ -13,6 +13,7 @@ from navit.evaluate.classify import evaluate_classifier, hits_at, labelled_pass
 from navit.evaluate.run import Evaluation
 from navit.model import NaViTConfig
 from navit.model.classifier import Classifier, ClassifierConfig
+from navit.train.optim import OptimConfig, build_optimizers
 from packer import PackerConfig
 from tests.helpers.batches import pack_images, random_images
 from tests.helpers.samples import image_samples, make_shards
@@ -91,3 +92,42 @@ def test_a_classifier_is_saved_and_read_back(tmp_path: Path) -> None:
 def test_a_wrong_number_of_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="num_classes must be a positive integer; got 0"):
         ClassifierConfig(num_classes=0)
+    with pytest.raises(ValueError, match="representation_size must be a positive integer, or None"):
+        ClassifierConfig(representation_size=0)
+
+
+def test_the_head_of_pre_training_has_a_hidden_layer_of_tanh(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = NaViTConfig.named("tiny", patch_size=8, pool="cls")
+    config = ClassifierConfig(vision, 4, init_head_bias=-2.0, representation_size=11)
+    model = Classifier(config).double().eval()
+    batch = pack_images(random_images(5, seed=1, patch_size=8), patch_size=8)
+    assert torch.equal(model(batch), torch.full((5, 4), -2.0).double()), "it starts at its bias"
+    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head.pre_logits.bias)
+
+    state = model.state_dict()
+    pooled = model.vision(batch).pooled
+    hidden = pooled @ state["head.pre_logits.weight"].T + state["head.pre_logits.bias"]
+    assert hidden.shape == (5, 11)
+    expected = hidden.tanh() @ state["head.weight"].T + state["head.bias"]
+    torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-12)
+
+    model.save_pretrained(tmp_path)
+    again = Classifier.from_pretrained(tmp_path)
+    assert again.config == config
+    assert torch.equal(again(batch), model(batch))
+
+
+def test_the_whole_head_of_pre_training_takes_the_heads_learning_rate() -> None:
+    model = Classifier(ClassifierConfig(NaViTConfig.named("tiny"), 3, representation_size=5))
+    config = OptimConfig(learning_rate=1.0, head_learning_rate_factor=10.0, head_weight_decay=0.5)
+    groups = build_optimizers(model, config).param_groups
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    found = {name: rates[id(p)] for name, p in model.head.named_parameters()}
+    assert found == {
+        "weight": (10.0, 0.5),
+        "bias": (10.0, 0.0),
+        "pre_logits.weight": (10.0, 0.5),
+        "pre_logits.bias": (10.0, 0.0),
+    }

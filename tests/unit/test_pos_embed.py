@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from navit import NaViTConfig
-from navit.model.grid_embed import axis_weights
+from navit import NaViT, NaViTConfig
+from navit.model.classifier import Classifier, ClassifierConfig
+from navit.model.grid_embed import axis_weights, resize_grid
 from navit.model.pos_embed import make_pos_embed
+from tests.helpers.batches import pack_images, random_image
 from tests.reference import dense_vit
 
 KINDS = ["fourier", "learned", "sinusoidal"]
@@ -141,3 +143,72 @@ def test_weights_sum_to_one_on_any_side(interpolation: str) -> None:
     side = torch.arange(1, 60, dtype=torch.int32)
     weights = axis_weights(side - 1, side, 7, interpolation)
     torch.testing.assert_close(weights.sum(1), torch.ones(59, dtype=torch.float64))
+
+
+# Grids of another size
+
+
+@settings(max_examples=25, deadline=None)
+@given(old=st.integers(1, 9), new=st.integers(1, 20), seed=st.integers(0, 999))
+def test_a_table_is_resized_with_its_corners_kept(old: int, new: int, seed: int) -> None:
+    """Entry i of the new axis lies at i (old - 1) / (new - 1) of the old one, between two."""
+    table = torch.randn(old, old, 3, generator=torch.Generator().manual_seed(seed)).double()
+
+    found = resize_grid(table.flatten(0, 1), new, "corners").view(new, new, 3)
+
+    for row, col in itertools.product(range(new), repeat=2):
+        y, x = (i * (old - 1) / max(new - 1, 1) for i in (row, col))
+        top, left = min(int(y), max(old - 2, 0)), min(int(x), max(old - 2, 0))
+        down, right = min(top + 1, old - 1), min(left + 1, old - 1)
+        above = (1 - x + left) * table[top, left] + (x - left) * table[top, right]
+        below = (1 - x + left) * table[down, left] + (x - left) * table[down, right]
+        expected = (1 - y + top) * above + (y - top) * below
+        torch.testing.assert_close(found[row, col], expected, rtol=0, atol=1e-12)
+
+
+def test_a_table_is_resized_as_by_the_zoom_of_vits_code() -> None:
+    """What scipy.ndimage.zoom(table, 5 / 3, order=1) of SciPy 1.17.1 gives."""
+    table = torch.tensor([[1, -2, 4], [0, 3, 7], [5, 8, -6]], dtype=torch.float64)
+    expected = [
+        [1.0, -0.5, -2.0, 1.0, 4.0],
+        [0.5, 0.5, 0.5, 3.0, 5.5],
+        [0.0, 1.5, 3.0, 5.0, 7.0],
+        [2.5, 4.0, 5.5, 3.0, 0.5],
+        [5.0, 6.5, 8.0, 1.0, -6.0],
+    ]
+    found = resize_grid(table.view(9, 1), 5, "corners").view(5, 5)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    found = resize_grid(table.view(9, 1), 2, "corners").view(2, 2)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 4], [5, -6]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_fine_tuning_starts_from_the_positions_that_were(interpolation: str) -> None:
+    """An image of the new grid gets the vector it had; the model itself is left as it was."""
+    torch.manual_seed(0)
+    config = NaViTConfig.named(
+        "tiny", patch_size=4, pos_embed="grid", pos_table_size=3, pos_interpolation=interpolation
+    )
+    model = Classifier(ClassifierConfig(config, 3)).double().eval()
+    torch.nn.init.normal_(model.head.weight)
+    image = random_image(6, 6, patch_size=4, generator=torch.Generator().manual_seed(1))
+    batch = pack_images([image])
+
+    larger = model.at_grid(6)
+
+    assert larger.config.vision.pos_table_size == larger.vision.config.pos_table_size == 6
+    assert larger.vision.pos_embed.table.shape == (36, 64)
+    torch.testing.assert_close(larger(batch), model(batch), rtol=0, atol=1e-10)
+    assert model.config.vision.pos_table_size == 3
+    before = larger.vision.pos_embed.table.clone()
+    larger(batch).sum().backward()
+    assert larger.vision.pos_embed.table.grad.any(1).all(), "each place has an entry of its own"
+    again = larger.at_grid(6, "corners").vision.pos_embed.table
+    torch.testing.assert_close(again, before, rtol=0, atol=1e-12)
+
+
+def test_only_a_grid_has_another_size() -> None:
+    with pytest.raises(ValueError, match="resizes the table of pos_embed 'grid'; got 'fourier'"):
+        NaViT(NaViTConfig.named("tiny")).at_grid(8)
+    with pytest.raises(ValueError, match="pos_table_size must be a positive integer; got 0"):
+        NaViT(NaViTConfig.named("tiny", pos_embed="grid")).at_grid(0)
