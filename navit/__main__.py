@@ -69,10 +69,25 @@ def report(args: Sequence[str]) -> int:
     return 0
 
 
+def analyze(args: Sequence[str]) -> int:
+    """Look inside a model: `navit analyze CHECKPOINT --images ...`."""
+    from navit.analyze.command import AnalyzeCommand, format_result, run_analyze
+
+    command = tyro.cli(AnalyzeCommand, args=args, prog="navit analyze")
+    try:
+        result = run_analyze(command)
+    except OSError as error:  # no checkpoint, no connection to the hub, a full disk
+        print(f"navit analyze: {error}", file=sys.stderr)
+        return 2
+    print(format_result(result))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "embed": embed,
+    "analyze": analyze,
     "report": report,
 }
 
