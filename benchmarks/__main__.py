@@ -10,6 +10,7 @@ import tyro
 
 from benchmarks import (
     bench_attention_share,
+    bench_cascade,
     bench_flexi,
     bench_gpu,
     bench_image_path,
@@ -33,6 +34,7 @@ Name = Literal[
     "towers",
     "mix",
     "flexi",
+    "cascade",
     "attention_share",
     "step",
     "vectors",
@@ -74,6 +76,12 @@ BENCHMARKS: dict[Name, Benchmark] = {
     ),
     "flexi": Benchmark(
         bench_flexi.run, "patch sizes mixed in one batch against one size", prints=True
+    ),
+    "cascade": Benchmark(
+        bench_cascade.run,
+        "a cascade over token budgets against single passes and random routing",
+        prints=True,
+        picture=bench_cascade.PICTURE,
     ),
     "attention_share": Benchmark(
         bench_attention_share.run,

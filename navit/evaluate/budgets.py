@@ -1,4 +1,4 @@
-"""One model at one token budget: every metric its data allow, and what the budget costs."""
+"""One model at one token budget and patch size: every metric its data allow, and what it costs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,13 +24,12 @@ from navit.evaluate.shape_baseline import shape_baselines
 from navit.evaluate.source import Subject
 from navit.model.classifier import Classifier
 from packer.batch import BatchStats
-from packer.config import PackerConfig
 
 
 class BudgetEvaluator:
-    """Evaluates one model on one data set, at as many token budgets as are asked for.
+    """Evaluates one model on one data set, at as many budgets and patch sizes as are asked for.
 
-    Json is read, and a text is encoded, once for all budgets.
+    Json is read, and a text is encoded, once for all of them.
 
     Args:
         subject: The model.
@@ -50,17 +49,28 @@ class BudgetEvaluator:
         self.class_names = settings.class_names or val.class_names or subject.classes
         self.templates = settings.templates or val.templates or DEFAULT_TEMPLATES
         self.encode_texts = self._text_encoder() if subject.has_text else None
-        self._warm = False
+        self._warm: set[int] = set()
 
-    def evaluate(self, max_tokens: int) -> BudgetResult:
+    def evaluate(
+        self, max_tokens: int | None = None, patch_size: int | None = None
+    ) -> BudgetResult:
         """Encode the images within a token budget and compute every metric.
+
+        Args:
+            max_tokens: Token budget of an image; None: the model's own, and at another patch size
+                the one that keeps each image's resolution, see `Subject.at_patch_size`.
+            patch_size: Side of a patch in pixels; None: the model's own.
 
         Raises:
             ValueError: If there is no usable image, or a label has no name.
         """
-        if not self._warm:
-            self._warm_up(max_tokens)
-        found = EncodedImages.join(list(self._pass(self.val, max_tokens, "validation")))
+        subject = self.subject if patch_size is None else self.subject.at_patch_size(patch_size)
+        packing = subject.packing
+        budget = max_tokens or packing.image_budget
+        packing = replace(packing, max_tokens=budget, seq_len=max(packing.seq_len, budget))
+        subject = replace(subject, packing=packing)
+        self._warm_up(subject)
+        found = EncodedImages.join(list(self._pass(subject, self.val, "validation")))
         if not found.keys:
             what = "labelled image" if self.val.labelled else "image-text pair"
             raise ValueError(
@@ -74,13 +84,13 @@ class BudgetEvaluator:
         classes = self._count_classes(members)
         train_stats, notes = None, self._notes(members)
         if self._probed:
-            probed, train_stats, more = self._probe(found, members, max_tokens, classes)
+            probed, train_stats, more = self._probe(subject, found, members, classes)
             metrics, notes = metrics | probed, (*notes, *more)
         if self.train is not None and "shape" in self.settings.metrics:
             known = {f"train/{key}": fields for key, fields in self.train_metadata.items()}
             metrics |= shape_baselines(known, self.metadata)
         return BudgetResult(
-            max_tokens,
+            budget,
             metrics,
             found.stats,
             found.seconds,
@@ -89,6 +99,7 @@ class BudgetEvaluator:
             classes,
             train_stats,
             notes,
+            packing.patch_size,
         )
 
     @property
@@ -111,39 +122,38 @@ class BudgetEvaluator:
                 names.add("logits")
         return names
 
-    def _packing(self, max_tokens: int) -> PackerConfig:
-        packing = self.subject.packing
-        return replace(packing, max_tokens=max_tokens, seq_len=max(packing.seq_len, max_tokens))
-
-    def _pass(self, images: ImageSet, max_tokens: int, title: str) -> Iterator[EncodedImages]:
-        settings = self.settings
-        batches = images.batches(
-            self._packing(max_tokens), settings.sequences_per_batch, workers=settings.workers
-        )
+    def _pass(self, subject: Subject, images: ImageSet, title: str) -> Iterator[EncodedImages]:
+        settings, packing = self.settings, subject.packing
+        batches = images.batches(packing, settings.sequences_per_batch, workers=settings.workers)
         return encode_images(
-            self.subject.model,
-            self.subject.encoder(self._names(images)),
+            subject.model,
+            subject.encoder(self._names(images)),
             batches,
-            self.subject.device,
-            self.subject.autocast_dtype,
+            subject.device,
+            subject.autocast_dtype,
             progress=settings.progress,
-            title=f"{title}, {max_tokens} tokens",
+            title=f"{title}, {packing.image_budget} tokens of {packing.patch_size} pixels",
         )
 
-    def _warm_up(self, max_tokens: int) -> None:
+    def _warm_up(self, subject: Subject) -> None:
         """Encode the first batch once: the first call of a kernel would count as its speed."""
-        batches = self.val.batches(
-            self._packing(max_tokens), self.settings.sequences_per_batch, workers=0
-        )
+        packing = subject.packing
+        if packing.patch_size in self._warm:
+            return
+        batches = self.val.batches(packing, self.settings.sequences_per_batch, workers=0)
         first = next((batch for batch in batches if batch.num_images), None)
         if first is not None:
-            encode = self.subject.encoder(self._names(self.val))
-            model, device = self.subject.model, self.subject.device
+            encode = subject.encoder(self._names(self.val))
             for _ in encode_images(
-                model, encode, [first], device, self.subject.autocast_dtype, progress=False
+                subject.model,
+                encode,
+                [first],
+                subject.device,
+                subject.autocast_dtype,
+                progress=False,
             ):
                 pass
-        self._warm = True
+        self._warm.add(packing.patch_size)
 
     def _text_encoder(self) -> EncodeTexts:
         """Return an encoder that remembers: captions and prompts are the same at every budget."""
@@ -210,9 +220,9 @@ class BudgetEvaluator:
 
     def _probe(
         self,
+        subject: Subject,
         found: EncodedImages,
         members: Mapping[str, Members],
-        max_tokens: int,
         counts: dict[str, dict[str, int]],
     ) -> tuple[dict[str, float], BatchStats, tuple[str, ...]]:
         """Feed the training images to the probes of every set, part by part."""
@@ -223,7 +233,7 @@ class BudgetEvaluator:
             for name, own in members.items()
         }
         stats, notes = BatchStats(), []
-        for part in self._pass(self.train, max_tokens, "training"):
+        for part in self._pass(subject, self.train, "training"):
             stats = stats + part.stats
             for name, own in self.numbers.members(
                 part.keys, part.labels, self.train_metadata

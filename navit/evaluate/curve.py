@@ -52,12 +52,12 @@ def draw_curve(results: Sequence[BudgetResult], path: Path) -> Path:
     times = [1000 / max(result.model_images_per_second, 1e-9) for result in results]
     for (group, members), (left, right) in zip(groups.items(), rows, strict=True):
         for axes, cost in ((left, tokens), (right, times)):
-            _draw_group(axes, cost, results, members)
+            draw_metrics(axes, cost, results, members)
         budgets = [
             f"{cost:.0f}\n(of {r.max_tokens})" for cost, r in zip(tokens, results, strict=True)
         ]
-        _label_costs(left, tokens, budgets)
-        _label_costs(right, times, [f"{cost:.3g}" for cost in times])
+        label_costs(left, tokens, budgets)
+        label_costs(right, times, [f"{cost:.3g}" for cost in times])
         left.set_ylabel(group)
         right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     rows[-1][0].set_xlabel("mean tokens an image (of the token budget)")
@@ -68,9 +68,24 @@ def draw_curve(results: Sequence[BudgetResult], path: Path) -> Path:
     return path
 
 
-def _draw_group(
-    axes: Axes, cost: Sequence[float], results: Sequence[BudgetResult], members: Mapping[str, str]
+def draw_metrics(
+    axes: Axes,
+    cost: Sequence[float],
+    results: Sequence[BudgetResult],
+    members: Mapping[str, str],
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
+    """Draw a line a metric over what the results cost, on a logarithmic axis.
+
+    Args:
+        axes: Where.
+        cost: Of each result.
+        results: What is drawn.
+        members: Which metrics, and what each is called in the legend; from an underscore on, it has
+            no place there.
+        changes: Of the lines' looks.
+    """
+    axes.set_autoscaley_on(True)  # off where lines were drawn before: the limit below does that
     shots = [metric for metric in members if metric.endswith("_shot_accuracy@1")]
     for metric, called in members.items():
         method = metric.rpartition("/")[2].removesuffix("_accuracy@1")
@@ -81,7 +96,7 @@ def _draw_group(
             spread = metric.removesuffix("accuracy@1") + "std"
             errors = [result.metrics.get(spread, 0.0) for result in results]
         values = [result.metrics.get(metric, float("nan")) for result in results]
-        look = {"marker": "o", "markersize": 4, "capsize": 2, **look}
+        look = {"marker": "o", "markersize": 4, "capsize": 2, **look, **(changes or {})}
         axes.errorbar(cost, values, yerr=errors, label=called, **look)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
@@ -90,11 +105,20 @@ def _draw_group(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _label_costs(axes: Axes, costs: Sequence[float], labels: Sequence[str]) -> None:
-    """Put a tick at every cost, and write it where there is room."""
+def label_costs(
+    axes: Axes, costs: Sequence[float], labels: Sequence[str], narrow: float = _NARROW
+) -> None:
+    """Put a tick at every cost, and write it where there is room.
+
+    Args:
+        axes: Where.
+        costs: The places.
+        labels: What is written at each.
+        narrow: Share of the axis that a label takes.
+    """
     order = sorted(range(len(costs)), key=lambda index: costs[index])
     places = [log(max(cost, 1e-9)) for cost in costs]
-    narrow = _NARROW * (max(places) - min(places))
+    narrow = narrow * (max(places) - min(places))
     shown: dict[int, str] = {}
     last = float("inf")
     for index in reversed(order):  # the largest budget is the one that must be readable

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+from navit.evaluate.cascade_report import CascadeReport, format_cascade
 from navit.evaluate.results import BudgetResult
 from navit.serialize import to_plain
 from packer.tally import tally_text
 
 _LABEL = 40  # columns
+_COLUMNS = 8  # results beside one another: 112 columns
 
 _METHODS = (
     ("prompt", "caption prompts"),
@@ -24,7 +27,7 @@ class Report:
     """Everything an evaluation found and what it was made with."""
 
     results: tuple[BudgetResult, ...]
-    """One a token budget, rising."""
+    """One a token budget, rising; of several patch sizes one a size, rising, in each budget."""
     model: Mapping[str, Any]
     """What was evaluated."""
     data: Mapping[str, Any]
@@ -35,15 +38,18 @@ class Report:
     """Of the libraries that numbers depend on."""
     notes: tuple[str, ...] = ()
     """What a reader must know."""
+    cascade: CascadeReport | None = None
+    """What a cascade over token budgets is worth; None where none was asked for."""
 
     def to_json(self) -> dict[str, Any]:
-        """Turn it into JSON values; ``results`` has one object a token budget."""
+        """Turn it into JSON values; ``results`` has one object a budget and patch size."""
         return {
             "model": dict(self.model),
             "data": dict(self.data),
             "settings": dict(self.settings),
             "notes": list(self.notes),
             "results": [_result_json(result) for result in self.results],
+            "cascade": None if self.cascade is None else self.cascade.to_json(),
             "versions": dict(self.versions),
         }
 
@@ -51,6 +57,7 @@ class Report:
 def _result_json(result: BudgetResult) -> dict[str, Any]:
     stats, train = result.stats, result.train_stats
     return {
+        "patch_size": result.patch_size,
         "max_tokens": result.max_tokens,
         "mean_tokens": round(result.mean_tokens, 3),
         "images": stats.images,
@@ -69,12 +76,19 @@ def _result_json(result: BudgetResult) -> dict[str, Any]:
 
 
 def format_report(report: Report) -> str:
-    """Lay out the results: the largest budget in full, and, of several budgets, what each costs."""
-    last = report.results[-1]
+    """Lay out the results: one in full, and, of several, what each costs.
+
+    In full is the largest budget, at the model's own patch size or else at the largest.
+    """
+    own = report.model.get("patch_size")
+    last = ([r for r in report.results if r.patch_size == own] or report.results)[-1]
     title = f"{last.stats.images:,} images"
     if last.captions:
         title = f"{last.stats.images:,} images, {last.captions:,} captions"
-    parts = [f"at most {last.max_tokens} tokens an image ({last.mean_tokens:.1f} on average)"]
+    limit = f"at most {last.max_tokens} tokens an image ({last.mean_tokens:.1f} on average)"
+    if len({result.patch_size for result in report.results}) > 1 or last.patch_size != own:
+        limit += f", patches of {last.patch_size} pixels"
+    parts = [limit]
     parts.append(format_metrics(last.metrics, title=title, classes=last.classes))
     if len(report.results) > 1:
         parts.append(format_budgets(report.results))
@@ -84,6 +98,8 @@ def format_report(report: Report) -> str:
             f"{'  of the image tower alone':<{_LABEL}}{last.model_images_per_second:>8,.1f}"
         )
     parts.append(tally_text(last.stats))
+    if report.cascade is not None:
+        parts.append(format_cascade(report.cascade))
     notes = [*report.notes, *last.notes]
     if notes:
         parts.append("\n".join(f"note: {note}" for note in notes))
@@ -141,8 +157,28 @@ def _of_classes(metrics: Mapping[str, float], prefix: str, method: str) -> list[
 
 
 def format_budgets(results: Sequence[BudgetResult]) -> str:
-    """Lay out what each token budget costs and gives: one column a budget."""
-    lines = [_row("token budget", [f"{result.max_tokens}" for result in results])]
+    """Lay out what each token budget and patch size costs and gives: one column each.
+
+    Returns:
+        Lines; of several budgets at several patch sizes, and where there are more columns than fit
+        beside one another, blocks of them.
+    """
+    sizes = [result.patch_size for result in results]
+    groups: list[Sequence[BudgetResult]] = [results]
+    if 1 < len(set(sizes)) < len(sizes):
+        groups = [list(group) for _, group in groupby(results, lambda result: result.max_tokens)]
+    blocks = [
+        group[start : start + _COLUMNS]
+        for group in groups
+        for start in range(0, len(group), _COLUMNS)
+    ]
+    return "\n\n".join("\n".join(_budget_lines(block, results)) for block in blocks)
+
+
+def _budget_lines(results: Sequence[BudgetResult], every: Sequence[BudgetResult]) -> Iterator[str]:
+    if len({result.patch_size for result in every}) > 1:
+        yield _row("patch size in pixels", [f"{result.patch_size}" for result in results])
+    yield _row("token budget", [f"{result.max_tokens}" for result in results])
     for name, values in (
         ("tokens an image", [f"{result.mean_tokens:.1f}" for result in results]),
         ("images/s", [f"{result.images_per_second:,.1f}" for result in results]),
@@ -151,13 +187,11 @@ def format_budgets(results: Sequence[BudgetResult]) -> str:
             [f"{result.model_images_per_second:,.1f}" for result in results],
         ),
     ):
-        lines.append(_row(name, values))
-    for group, members in headline_metrics([result.metrics for result in results]).items():
-        lines.append(group)
+        yield _row(name, values)
+    for group, members in headline_metrics([result.metrics for result in every]).items():
+        yield group
         for metric, called in members.items():
-            shares = [_share(result.metrics.get(metric)) for result in results]
-            lines.append(_row(f"  {called}", shares))
-    return "\n".join(lines)
+            yield _row(f"  {called}", [_share(result.metrics.get(metric)) for result in results])
 
 
 def headline_metrics(

@@ -59,6 +59,8 @@ class BudgetResult:
     """Counts of the training pass; None without one."""
     notes: tuple[str, ...] = ()
     """What a reader of the results must know of them."""
+    patch_size: int | None = None
+    """Side of a patch in pixels; None: the model's own."""
 
     @property
     def mean_tokens(self) -> float:
@@ -74,6 +76,17 @@ class BudgetResult:
     def model_images_per_second(self) -> float:
         """Images/s of the image tower alone."""
         return self.stats.images / max(self.model_seconds, 1e-9)
+
+
+def check_patch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the patch sizes, each once and rising.
+
+    Raises:
+        ValueError: If one is not positive.
+    """
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"patch sizes must be positive, in pixels; got {list(sizes)}.")
+    return tuple(sorted(set(sizes)))
 
 
 def check_budgets(budgets: Sequence[int]) -> tuple[int, ...]:

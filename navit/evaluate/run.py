@@ -23,6 +23,7 @@ from packer.batch import BatchStats, PackedBatch
 from packer.captions import CaptionTokenizer
 from packer.config import PackerConfig
 from packer.plan.drop import NoDrop
+from packer.plan.patch_size import OnePatchSize
 from packer.plan.resize import Native, NoCrop
 from packer.shards import expand_shards
 from packer.stream import PackedStream
@@ -41,8 +42,17 @@ class Evaluation:
 
 
 def evaluation_packing(config: PackerConfig) -> PackerConfig:
-    """Return the packing of an evaluation: whole images, every token, within the token budget."""
-    return replace(config, resolution=Native(), crop=NoCrop(), token_drop=NoDrop())
+    """Return the packing of an evaluation: whole images, every token, within the token budget.
+
+    Of a run that draws patch sizes it is `patch_size`.
+    """
+    return replace(
+        config,
+        resolution=Native(),
+        crop=NoCrop(),
+        token_drop=NoDrop(),
+        patch_sizes=OnePatchSize(),
+    )
 
 
 def evaluate_clip(

@@ -87,6 +87,31 @@ class Subject:
         """Whether texts can be encoded."""
         return self.clip is not None and self.tokenizer is not None
 
+    @property
+    def is_flexible(self) -> bool:
+        """Whether the image tower takes patches of any size."""
+        return self.vision.config.patch_buffer is not None
+
+    def at_patch_size(self, size: int) -> "Subject":
+        """Return the subject with images cut into patches of another size.
+
+        Images keep their resolution: the token budget becomes the number of patches of this size
+        that have the pixels of the one before, hence 4 times the tokens at half the size. A tower
+        of one patch size is replaced by a copy whose weights are PI-resized once, from those it
+        was trained with.
+
+        Args:
+            size: Side of a patch in pixels.
+        """
+        packing, model = self.packing, self.model
+        budget = max(packing.image_budget * packing.patch_size**2 // size**2, 1)
+        if not self.is_flexible and size != self.vision.config.patch_size:
+            model = model.at_patch_size(size)
+        packing = replace(
+            packing, patch_size=size, max_tokens=budget, seq_len=max(packing.seq_len, budget)
+        )
+        return replace(self, model=model, packing=packing)
+
     def encoder(self, names: Collection[str]) -> EncodeImages:
         """Return what gives vectors of the names asked for.
 
@@ -112,6 +137,7 @@ class Subject:
             "kind": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "patch_size": self.packing.patch_size,
+            "patch_buffer": self.vision.config.patch_buffer,
             "resize": self.packing.resize,
             "decode": self.packing.decode,
             "device": str(self.device),
@@ -133,7 +159,8 @@ def load_subject(
 
     Args:
         source: A run folder or one of its checkpoints; a folder of weights as ``save_pretrained``
-            of ours or of Hugging Face (SigLIP 2, SigLIP, CLIP) writes it; or a hub id.
+            of ours or of Hugging Face (SigLIP 2, SigLIP, CLIP) writes it; a FlexiViT's .npz; or a
+            hub id.
         runs: How runs are read.
         averaged: Of a run, whether to take the running average of the weights.
         tokenizer: A ``tokenizer.json``; None takes the run's, or the one in the folder of weights.
@@ -154,7 +181,8 @@ def load_subject(
     try:
         run = runs.load(Path(source), averaged=averaged)
     except FileNotFoundError:
-        if not (Path(source) / "config.json").is_file() and (
+        is_file = Path(source).suffix == ".npz" and Path(source).is_file()
+        if not (is_file or (Path(source) / "config.json").is_file()) and (
             Path(source).exists() or "/" not in source
         ):
             raise  # neither weights nor a hub id
@@ -169,7 +197,7 @@ def load_subject(
 def _of_weights(
     source: str, device: torch.device, own: EmbedConfig, tokenizer: CaptionTokenizer | None
 ) -> Subject:
-    folder = find_folder(source)
+    folder = Path(source) if Path(source).is_file() else find_folder(source)
     model = load(folder).to(device, torch.float32)
     vision = model.vision if isinstance(model, CLIP) else model
     packing = own.packing(vision.config, stated_tokens=stated_tokens(folder))

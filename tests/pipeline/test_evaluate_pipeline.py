@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from navit import CLIP, CLIPConfig, NaViT, NaViTConfig, TextConfig
@@ -102,10 +104,17 @@ def navit(*arguments: str | Path) -> Done:
     return Done(status, out.getvalue(), err.getvalue())
 
 
-def alone(world: World, samples: list[dict[str, Any]], budget: int) -> tuple[Tensor, Tensor]:
+def alone(
+    world: World,
+    samples: list[dict[str, Any]],
+    budget: int,
+    patch_size: int = 8,
+    model: CLIP | None = None,
+) -> tuple[Tensor, Tensor]:
     """Encode images one by one: the tower's vectors and the normalised embeddings."""
-    model = CLIP.from_pretrained(world.model).eval()
-    collate = PackingCollator(PackerConfig(patch_size=8, seq_len=64, max_tokens=budget))
+    model = (model or CLIP.from_pretrained(world.model)).eval()
+    packing = PackerConfig(patch_size=patch_size, seq_len=max(64, budget), max_tokens=budget)
+    collate = PackingCollator(packing)
     with torch.no_grad():
         batches = [collate([{"image": s["image"], "key": s["key"]}]) for s in samples]
         pooled = torch.cat([model.vision(batch).pooled for batch in batches])
@@ -174,6 +183,64 @@ def test_zero_shot_and_probes_are_what_they_are_defined_as(world: World, tmp_pat
         assert result["classes"] == {"cls": {"classes": 3, "images": 15, "train_images": 36}}
         assert result["stats"]["images"] == result["images"] == 15
         assert result["images_per_second"] > 0
+
+
+def prompts_top_1(world: World, image: Tensor) -> float:
+    prompts = [t.replace("{c}", name) for name in NAMES for t in TEMPLATES]
+    per_class = texts_alone(world, prompts).view(3, 2, -1).mean(1)
+    own = torch.tensor([s["label"] for s in world.val])
+    scores = image @ (per_class / per_class.norm(dim=1, keepdim=True)).T
+    return share_above(scores, own[:, None] == torch.arange(3), 1)
+
+
+@pytest.mark.parametrize("is_flexible", [True, False])
+def test_patch_sizes_are_evaluated_as_images_alone_of_each_size_are(
+    world: World, tmp_path: Path, is_flexible: bool
+) -> None:
+    model = CLIP.from_pretrained(world.model)
+    folder = world.model
+    if is_flexible:
+        model, folder = model.flexible(16), tmp_path / "flexible"
+        model.save_pretrained(folder)
+        shutil.copy(world.model / "tokenizer.json", folder)
+    out = tmp_path / "found.json"
+
+    done = navit(
+        *("evaluate", folder, "--shards", world.classes, "--json", out, "--progress", "off"),
+        *("--patch-sizes", "16", "4", "8", "--metrics", "prompts"),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "patch size in pixels" in done.stdout
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    found = json.loads(out.read_text())
+    noted = [note for note in found["notes"] if "patches of 8 pixels alone" in note]
+    assert len(noted) == (0 if is_flexible else 1)
+    budget = PackerConfig(patch_size=8).patch_size ** 2 * 256  # pixels
+    for result, size in zip(found["results"], (4, 8, 16), strict=True):
+        assert (result["patch_size"], result["max_tokens"]) == (size, budget // size**2)
+        at = model if is_flexible else model.at_patch_size(size)
+        image = alone(world, world.val, result["max_tokens"], size, at)[1]
+        assert result["metrics"]["cls/prompt_accuracy@1"] == prompts_top_1(world, image)
+        sides = [Image.open(BytesIO(s["image"])).size for s in world.val]
+        tokens = sum(max(w // size, 1) * max(h // size, 1) for w, h in sides)
+        assert result["mean_tokens"] == pytest.approx(tokens / 15, abs=1e-3)
+
+
+def test_budgets_and_patch_sizes_together_are_every_pair(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+
+    done = navit(
+        *("evaluate", world.model, "--shards", world.classes, "--json", out, "--progress", "off"),
+        *("--patch-sizes", "4", "8", "--max-tokens", "9", "4", "--metrics", "prompts"),
+    )
+
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert [(r["max_tokens"], r["patch_size"]) for r in results] == [(4, 4), (4, 8), (9, 4), (9, 8)]
+    assert all(result["mean_tokens"] <= result["max_tokens"] for result in results)
+    image = alone(world, world.val, 9)[1]
+    assert results[3]["metrics"]["cls/prompt_accuracy@1"] == prompts_top_1(world, image)
 
 
 def test_retrieval_with_a_caption_a_line_is_what_it_is_defined_as(
@@ -293,6 +360,7 @@ def test_names_and_templates_come_from_files_and_are_missed_where_there_are_none
     ("arguments", "message"),
     [
         (("--max-tokens", "0"), "token budgets must be positive"),
+        (("--patch-sizes", "0"), "patch sizes must be positive"),
         (("--sequences-per-batch", "0"), "sequences_per_batch must be at least 1"),
         (("--tokenizer", "none.json"), "none.json"),
         (("--train-shards", "SELF", "--train-split", "test"), "must be others"),

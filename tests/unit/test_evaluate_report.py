@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from navit.evaluate.curve import draw_curve
+from navit.evaluate.patch_curve import draw_patch_curve
 from navit.evaluate.report import (
     Report,
     format_budgets,
@@ -13,7 +14,7 @@ from navit.evaluate.report import (
     format_report,
     headline_metrics,
 )
-from navit.evaluate.results import BudgetResult, check_budgets
+from navit.evaluate.results import BudgetResult, check_budgets, check_patch_sizes
 from packer.batch import BatchStats
 
 METRICS = {
@@ -87,6 +88,49 @@ def test_the_budgets_table_has_a_column_a_budget() -> None:
     assert rows["linear probe"] == ["-", "60.0%"]
 
 
+def test_the_table_of_patch_sizes_has_a_column_a_size_in_blocks() -> None:
+    results = [result(900 // size, patch_size=size) for size in range(8, 18)]
+    first, second = format_budgets(results).split("\n\n")
+
+    rows = {line[:40].strip(): line[40:].split() for line in first.splitlines()}
+    assert rows["patch size in pixels"] == ["8", "9", "10", "11", "12", "13", "14", "15"]
+    assert rows["token budget"][:2] == ["112", "100"]
+    assert second.splitlines()[0].split()[-2:] == ["16", "17"]
+    assert len(second.splitlines()) == len(first.splitlines())
+    pairs = [result(budget, patch_size=size) for budget in (16, 64) for size in (8, 16)]
+    budgets = [block.splitlines()[1].split()[-2:] for block in format_budgets(pairs).split("\n\n")]
+    assert budgets == [["16", "16"], ["64", "64"]]
+
+
+def test_the_model_s_own_patch_size_is_the_one_shown_in_full() -> None:
+    results = [result(4096 // size**2, patch_size=size) for size in (8, 16, 32)]
+
+    own = format_report(report(*results, model={"patch_size": 16}))
+    other = format_report(report(*results, model={"patch_size": 20}))
+    one = format_report(report(results[0], model={"patch_size": 8}))
+
+    assert own.startswith("at most 16 tokens an image (14.4 on average), patches of 16 pixels\n")
+    assert other.startswith("at most 4 tokens an image (3.6 on average), patches of 32 pixels\n")
+    assert one.startswith("at most 64 tokens an image (57.6 on average)\n")
+    assert "patch size" not in one
+    assert [r["patch_size"] for r in report(*results).to_json()["results"]] == [8, 16, 32]
+
+
+@pytest.mark.parametrize("budgets", [(None,), (16, 64)])
+def test_the_patch_curve_is_drawn_with_and_without_budgets(
+    budgets: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    results = [
+        result(budget or 4096 // size**2, patch_size=size) for budget in budgets for size in (8, 16)
+    ]
+    path = draw_patch_curve(results, tmp_path / "new" / "curve.png", 16)
+    with Image.open(path) as picture:
+        assert picture.width > 1000
+        assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 20
+    with pytest.raises(ValueError, match="a recall or an accuracy to draw"):
+        draw_patch_curve([result(16, metrics={})], tmp_path / "none.png", 16)
+
+
 def test_a_report_says_what_was_skipped_and_noted() -> None:
     stats = BatchStats(samples_read=21, images=20, skipped={"decode_error": 1})
     text = format_report(report(result(16, stats=stats, notes=("a note",)), notes=("another",)))
@@ -130,3 +174,9 @@ def test_budgets_are_sorted_and_positive() -> None:
     assert check_budgets([64, 16, 64]) == (16, 64)
     with pytest.raises(ValueError, match="token budgets must be positive"):
         check_budgets([0])
+
+
+def test_patch_sizes_are_sorted_and_positive() -> None:
+    assert check_patch_sizes([16, 8, 16]) == (8, 16)
+    with pytest.raises(ValueError, match="patch sizes must be positive, in pixels"):
+        check_patch_sizes([8, -1])

@@ -7,12 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from navit import CLIP, CLIPConfig, NaViTConfig, TextConfig
-from navit.evaluate.source import RunLoader, load_subject
+from navit import CLIP, CLIPConfig, NaViT, NaViTConfig, TextConfig
+from navit.evaluate.run import evaluation_packing
+from navit.evaluate.source import RunLoader, Subject, load_subject
 from navit.model.classifier import Classifier, ClassifierConfig
+from navit.pretrained import save_flexivit
 from packer import PackerConfig
 from packer.captions import CaptionTokenizer
+from packer.plan.patch_size import RandomPatchSize
+from packer.plan.resize import plan_resize
+from packer.plan.types import ImageSize
 from tests.helpers.batches import pack_images, random_images
 from tests.helpers.public_models import make_model
 
@@ -22,6 +29,9 @@ def no_run(path: Path, *, averaged: bool) -> Any:
 
 
 NONE = RunLoader(no_run, lambda config, device: None)
+
+
+FLEXIBLE = Classifier(ClassifierConfig(NaViTConfig.named("tiny", patch_buffer=8), 3))
 
 
 def tiny(vocab_size: int = 300) -> CLIP:
@@ -99,6 +109,72 @@ def test_a_classifiers_weights_are_an_image_tower(tmp_path: Path) -> None:
 
     assert found.clip is None
     assert "no text tower" in found.notes[0]
+
+
+def test_a_flexivit_file_is_evaluated_at_the_pixels_it_was_trained_on(tmp_path: Path) -> None:
+    changes = {"biases": True, "qk_norm": False, "activation": "gelu_tanh", "pos_embed": "grid"}
+    config = NaViTConfig.named("tiny", pool="cls", patch_buffer=12, pos_table_size=7, **changes)
+    save_flexivit(NaViT(config), tmp_path / "flexi.npz")
+
+    found = load_subject(str(tmp_path / "flexi.npz"), NONE, device="cpu")
+
+    assert found.is_flexible
+    assert (found.packing.patch_size, found.packing.image_budget) == (16, 15 * 15)
+    assert found.packing.resize == "allow_enlarge"
+    assert found.describe()["patch_buffer"] == 12
+    with pytest.raises(FileNotFoundError):
+        load_subject(str(tmp_path / "none.npz"), NONE, device="cpu")
+
+
+@settings(max_examples=60)
+@given(
+    height=st.integers(48, 900),
+    width=st.integers(48, 900),
+    own=st.sampled_from([8, 16, 32]),
+    size=st.integers(4, 48),
+    budget=st.integers(32, 900),
+)
+def test_an_image_keeps_its_resolution_at_every_patch_size(
+    height: int, width: int, own: int, size: int, budget: int
+) -> None:
+    """The budget is one of pixels: a small patch must not cost resolution."""
+    packing = PackerConfig(patch_size=own, seq_len=900, max_tokens=budget)
+
+    at = Subject(FLEXIBLE, packing, torch.device("cpu"), None).at_patch_size(size).packing
+
+    assert at.patch_size == size
+    pixels = budget * own**2
+    assert at.image_budget == max(pixels // size**2, 1)
+    assert at.image_budget <= at.seq_len
+    sides = plan_resize(ImageSize(height, width), patch_size=size, max_tokens=at.image_budget)
+    assert sides.rows * sides.cols * size**2 <= max(pixels, size**2)
+    scale = min(1.0, (pixels / (height * width)) ** 0.5)
+    for found, side in zip(sides, (height, width), strict=True):
+        assert found * size <= max(side, size)
+        # Whole patches, and the budget itself may lack up to one of them.
+        assert found == 1 or (found + 1) * size > scale * side * (1 - 1 / at.image_budget) - 1e-9
+
+
+def test_a_run_that_drew_patch_sizes_is_evaluated_at_the_one_it_names() -> None:
+    drawn = PackerConfig(patch_size=8, seq_len=64, patch_sizes=RandomPatchSize((4, 8, 16)))
+    assert evaluation_packing(drawn) == PackerConfig(patch_size=8, seq_len=64)
+    subject = Subject(FLEXIBLE, drawn, torch.device("cpu"), None)
+    asked = evaluation_packing(subject.at_patch_size(4).packing)
+    assert asked == PackerConfig(patch_size=4, seq_len=256, max_tokens=256)
+
+
+def test_a_flexible_tower_is_evaluated_itself_and_a_fixed_one_by_a_resized_copy() -> None:
+    packing = PackerConfig(patch_size=8, seq_len=64)
+    model = tiny()
+    fixed = Subject(model, packing, torch.device("cpu"), None)
+    flexible = Subject(model.flexible(16), packing, torch.device("cpu"), None)
+    assert fixed.at_patch_size(8).model is model
+    assert flexible.at_patch_size(5).model is flexible.model
+    resized = fixed.at_patch_size(5)
+    expected = model.at_patch_size(5)
+    assert resized.vision.config == expected.vision.config
+    for name, value in expected.state_dict().items():
+        assert torch.equal(resized.model.state_dict()[name], value), name
 
 
 def test_what_is_no_checkpoint_is_said_without_asking_the_hub(tmp_path: Path) -> None:
