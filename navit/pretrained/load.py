@@ -65,6 +65,11 @@ def load(source: str | Path | nn.Module) -> NaViT | CLIP:
             raise FileNotFoundError(
                 f"{folder} must hold {CONFIG_FILE}, as save_pretrained writes it; it is missing."
             )
+        if isinstance(config.get("model"), Mapping):  # a run's settings
+            raise FileNotFoundError(
+                f"{folder} is a training run without a checkpoint. Train it on (navit train "
+                "--resume), or give a folder of weights."
+            )
         if config.get("model") in _OURS:
             return _OURS[config["model"]](folder)
         name, where, found = _kind_of(config), str(folder), folder

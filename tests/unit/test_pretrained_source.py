@@ -142,6 +142,13 @@ def test_our_own_folders_are_read(tmp_path: Path) -> None:
     assert torch.equal(found(batch).pooled, classifier.vision(batch).pooled)
 
 
+def test_a_run_that_has_no_checkpoint_yet_is_named(tmp_path: Path) -> None:
+    """Its config.json has settings of a model where a folder of weights has the model's name."""
+    (tmp_path / "config.json").write_text('{"model": {"vision": {}}, "steps": 10}')
+    with pytest.raises(FileNotFoundError, match="training run without a checkpoint"):
+        pretrained.load(tmp_path)
+
+
 # What the other files of a folder tell
 
 
