@@ -43,10 +43,20 @@ def label_loss(
     _check(labels, count, classes)
     with torch.autocast(logits.device.type, enabled=False):
         total = _total(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, kind)
-        if group is None:
-            return total / max(count, 1)
-        mean: Tensor = _GlobalMean.apply(total, count, group)  # type: ignore[no-untyped-call]
-        return mean
+        return mean_over_ranks(total, count, group)
+
+
+def mean_over_ranks(
+    total: Float[Tensor, ""], count: int, group: dist.ProcessGroup | None
+) -> Float[Tensor, ""]:
+    """Divide the sum of the ranks' totals by that of their counts; 0 where nobody has any.
+
+    Gradients are scaled as `label_loss` says.
+    """
+    if group is None:
+        return total / max(count, 1)
+    mean: Tensor = _GlobalMean.apply(total, count, group)  # type: ignore[no-untyped-call]
+    return mean
 
 
 def _total(logits: Tensor, labels: Tensor, kind: LabelLoss) -> Tensor:

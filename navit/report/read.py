@@ -118,7 +118,11 @@ def count_parameters(config: Mapping[str, Any]) -> int | None:
         shape = from_plain(CLIPConfig, config["model"])
         with torch.device("meta"):
             if config.get("task") == "classify":
-                classes = ClassifierConfig(shape.vision, int(config["num_classes"]))
+                classes = ClassifierConfig(
+                    shape.vision,
+                    int(config["num_classes"]),
+                    representation_size=config.get("representation_size"),
+                )
                 return sum(weight.numel() for weight in Classifier(classes).parameters())
             return sum(weight.numel() for weight in CLIP(shape).parameters())
     except (KeyError, TypeError, ValueError, AttributeError):

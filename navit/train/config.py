@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from navit.distill_loss import Divergence
 from navit.label_loss import LabelLoss
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
 from navit.train.optim import OptimConfig
@@ -14,6 +15,7 @@ from packer.plan.resize import RandomCrop, UniformSide
 
 Precision = Literal["auto", "bf16", "fp32"]
 ContrastiveLoss = Literal["softmax", "sigmoid"]
+Tower = Literal["vision", "text"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class TrainConfig:
     """"contrastive": image-text pairs; "classify": labelled images (a `.cls` in each sample)."""
     num_classes: int = 0
     """Classes of "classify"; 0 counts the subfolders of a folder."""
+    representation_size: int | None = None
+    """Hidden size of the classifier's head (ViT, section 3.1: at pre-training); None: one linear
+    layer."""
     contrastive_loss: ContrastiveLoss = "softmax"
     """Loss of "contrastive": CLIP's, each image among all texts and back; or SigLIP's, every pair
     by itself. "sigmoid" starts as SigLIP does (scale 10 without a bound, bias -10), unless
@@ -32,7 +37,26 @@ class TrainConfig:
     """Loss of "classify": over all classes, or one sigmoid a class (the paper's, for JFT)."""
     init: Path | None = None
     """Folder of weights the image tower starts from: saved here, or by transformers (SigLIP,
-    SigLIP 2, CLIP); None starts at random. Its shape replaces that of `model.vision`."""
+    SigLIP 2, CLIP); None starts at random. Its shape replaces that of `model.vision`, but for
+    `model.vision.patch_buffer`, where that is set: the tower is made flexible."""
+    init_grid: int | None = None
+    """Side in patches the learned grid of `init` is resized to, corners aligned as ViT does to
+    fine-tune at another resolution (arXiv:2010.11929, section 3.2); None leaves it as it is."""
+    teacher: Path | None = None
+    """A trained model to agree with (FlexiViT, section 3.3): a run folder, one of its checkpoints,
+    or a folder of ``save_pretrained``. It may be larger, and of another patch size, than the
+    student, which starts from its weights where `init` names it too."""
+    distill_kl: Divergence = "forward"
+    """"forward": KL(teacher || student), of the authors' code; "reverse": KL(student || teacher),
+    as the paper prints it."""
+    distill_weight: float = 1.0
+    """The teacher's share of the loss; the rest is the task's own."""
+    distill_temperature: float = 1.0
+    """Divides the logits of both classifiers; similarities of pairs have their own multipliers."""
+    freeze: tuple[Tower, ...] = ()
+    """Towers that keep their weights, their projection to the common space included: "text" is
+    FlexiViT's FlexiLiT, "vision" with "classify" a linear probe. (MFU counts their backward pass
+    all the same.)"""
     shards: tuple[str, ...] = ()
     """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing.
     To classify also a folder with one subfolder a class."""
@@ -121,6 +145,26 @@ class TrainConfig:
             raise ValueError(
                 "compile needs parallel.strategy 'ddp' or 'auto': FSDP2 gathers weights by hooks "
                 "inside the towers, which one graph cannot hold. Leave out one of the two."
+            )
+        if self.freeze and self.task == "contrastive" and {"vision", "text"} <= set(self.freeze):
+            raise ValueError("freeze must leave one of the towers to learn; got both.")
+        if "text" in self.freeze and self.task != "contrastive":
+            raise ValueError(f"freeze 'text' needs a text tower; task {self.task!r} has none.")
+        if self.distill_kl not in get_args(Divergence):
+            raise ValueError(f"distill_kl must be 'forward' or 'reverse'; got {self.distill_kl!r}.")
+        if not 0 < self.distill_weight <= 1 or not self.distill_temperature > 0:
+            raise ValueError(
+                "distill_weight must be in (0, 1] and distill_temperature positive; got "
+                f"{self.distill_weight} and {self.distill_temperature}. Leave out teacher to learn "
+                "without one."
+            )
+        unknown = sorted(set(self.freeze) - set(get_args(Tower)))
+        if unknown:
+            raise ValueError(f"freeze must hold 'vision' or 'text'; got {unknown}.")
+        if self.init_grid is not None and (self.init is None or self.init_grid < 1):
+            raise ValueError(
+                "init_grid resizes the positions of the weights in init: it must be positive, and "
+                f"init given; got {self.init_grid} and {self.init}."
             )
         if self.val and not self.shards:
             raise ValueError(

@@ -39,8 +39,10 @@ class Ema:
         self.num_updates += 1
         # 1 / sum_k decay^(n - k): the share of the newest parameters; 1 in the first update.
         share = (1 - self.decay) / (1 - self.decay**self.num_updates)
-        newest = [local(parameter) for parameter in self._of(model).values()]
-        torch._foreach_lerp_([local(value) for value in self.average.values()], newest, share)
+        # Frozen weights are their own average; the arithmetic would round them.
+        learning = {name: p for name, p in self._of(model).items() if p.requires_grad}
+        newest = [local(parameter) for parameter in learning.values()]
+        torch._foreach_lerp_([local(self.average[name]) for name in learning], newest, share)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

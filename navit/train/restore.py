@@ -1,5 +1,6 @@
 """A trained model from a checkpoint folder, without the state that only training needs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 
 from navit.evaluate.classify import evaluate_classifier, labelled_pass
 from navit.evaluate.run import Evaluation, evaluate_clip
-from navit.model import CLIP
+from navit.model import CLIP, NaViT
 from navit.model.classifier import Classifier, ClassifierConfig
+from navit.model.vision import CONFIG_FILE
 from navit.serialize import from_plain
 from navit.train.checkpoint import find_checkpoint, load_tensors, read_state, stored_tensors
 from navit.train.config import TrainConfig
@@ -60,6 +62,28 @@ class Trained:
         return evaluate_clip(model, self.tokenizer, shards, packing, **how)
 
 
+def load_model(path: Path) -> CLIP | Classifier | NaViT:
+    """Load a model whatever wrote it: a run, ``save_pretrained``, or another library.
+
+    Args:
+        path: A run folder, one of its checkpoints, or what `navit.pretrained.load` reads.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is of an unknown kind.
+    """
+    try:
+        return load_trained(path).model
+    except FileNotFoundError:
+        pass
+    described = path / CONFIG_FILE
+    if described.is_file() and json.loads(described.read_text()).get("model") == "Classifier":
+        return Classifier.from_pretrained(path)
+    from navit.pretrained import load
+
+    return load(path)
+
+
 def load_trained(path: Path, *, averaged: bool = True) -> Trained:
     """Load the model of a checkpoint.
 
@@ -75,7 +99,11 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
     model: CLIP | Classifier
     tokenizer = classes = None
     if config.task == "classify":
-        model = Classifier(ClassifierConfig(config.model.vision, config.num_classes))
+        hidden = config.representation_size
+        shape = ClassifierConfig(
+            config.model.vision, config.num_classes, representation_size=hidden
+        )
+        model = Classifier(shape)
         if (folder / CLASSES_FILE).exists():
             classes = tuple((folder / CLASSES_FILE).read_text().splitlines())
     else:

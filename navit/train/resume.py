@@ -16,7 +16,7 @@ from navit.train.ranks import World
 FREE_SETTINGS = frozenset(
     {"run", "resume", "shards", "val", "steps", "workers", "num_streams", "device", "eval_every"}
     | {"checkpoint_every", "keep_checkpoints", "max_bad_losses", "loss_chunk", "tokenizer"}
-    | {"parallel", "time_limit", "compile"}
+    | {"parallel", "time_limit", "compile", "teacher"}
 )
 """Settings a continued run may change. Other shards are refused by the stream's own state."""
 

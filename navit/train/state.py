@@ -28,6 +28,7 @@ from navit.train.resume import (
 )
 from navit.train.stops import from_main
 from navit.train.tasks import Task
+from navit.train.teacher import TEACHER_FILE
 from packer.batch import BatchStats, PackedBatch
 
 
@@ -120,6 +121,12 @@ class TrainState:
             raise ValueError(
                 f"{path} was trained with another tokenizer (hash {state['tokenizer']}); got "
                 f"{tokenizer.hash}. Restore tokenizer.json of the run folder."
+            )
+        digest = self.task.files().get(TEACHER_FILE)
+        if digest is not None and (path / TEACHER_FILE).read_text() != digest:
+            raise ValueError(
+                f"{path} was trained with another teacher than {self.config.teacher}: its weights "
+                "differ. Give the teacher of the run."
             )
         optimizer = optimizer_targets(self.optimizers, stored_tensors(path).get("optimizer", {}))
         groups = {"model": self.model.state_dict(), "optimizer": optimizer}

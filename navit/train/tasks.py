@@ -5,9 +5,9 @@ The loop knows nothing of captions or classes; it asks a task.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 
+from navit.distill_loss import contrastive_distillation, label_distillation
 from navit.evaluate.classify import evaluate_classifier, labelled_pass
 from navit.evaluate.encode import read_metadata
 from navit.evaluate.prompts import class_label
@@ -26,12 +27,13 @@ from navit.loss import contrastive_loss, sigmoid_loss
 from navit.model import CLIP
 from navit.model.classifier import Classifier, ClassifierConfig
 from navit.model.clip import CLIPOutput
-from navit.model.config import CLIPConfig, NaViTConfig
 from navit.model.vision import PretrainedModel
 from navit.train.config import TrainConfig
 from navit.train.data import FolderData, StreamData, TrainData
 from navit.train.ranks import World, alone
 from navit.train.setup import is_folder_run, tokenizer_of_all
+from navit.train.start import freeze, start_of_scores, start_of_tower
+from navit.train.teacher import TEACHER_FILE, Teacher, tokenizer_of_teacher
 from packer.batch import PackedBatch
 from packer.captions import CaptionTokenizer
 from packer.folder import ImageFolder
@@ -112,12 +114,16 @@ class ContrastiveTask:
         self, config: TrainConfig, run: Path, train_shards: Sequence[str], world: World
     ) -> None:
         self.run, self.train_shards, self.world = run, train_shards, world
+        if config.tokenizer is None:
+            config = replace(config, tokenizer=tokenizer_of_teacher(config))
         self.tokenizer = tokenizer_of_all(config, run, train_shards, world)
         text = replace(
             config.model.text,
             vocab_size=self.tokenizer.vocab_size,
             max_tokens=config.packer.max_text_tokens,
         )
+        if "text" in config.freeze:
+            text = replace(text, drop_path=0.0)
         vision, weights = start_of_tower(config)
         model = replace(start_of_scores(config), vision=vision, text=text)
         self.config = replace(config, model=model)
@@ -125,6 +131,8 @@ class ContrastiveTask:
         self.model = CLIP(self.config.model)
         if weights is not None:
             self.model.vision.load_state_dict(weights)
+        freeze(self.model, config.freeze)
+        self.teacher = None if config.teacher is None else Teacher(self.config, world.device)
 
     @property
     def source(self) -> str:
@@ -139,8 +147,28 @@ class ContrastiveTask:
     def loss(
         self, output: Output, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
     ) -> Tensor:
-        """Return the contrastive loss; equal captions are not negatives of the softmax."""
+        """Return the contrastive loss; equal captions are not negatives of the softmax.
+
+        With a teacher, how far the two models' similarities are from each other, mixed with it.
+        """
         assert isinstance(output, CLIPOutput), "the model is a CLIP"
+        own = partial(self._own_loss, output, batches, group)
+        if self.teacher is None:
+            return own()
+        taught, config = self.teacher(batches), self.config
+        assert isinstance(taught, CLIPOutput), "the teacher is a CLIP"
+        with torch.autocast(output.image.device.type, enabled=False):
+            agreed = contrastive_distillation(
+                *(output.image, output.text, output.logit_scale),
+                *(taught.image, taught.text, taught.logit_scale),
+                kl=config.distill_kl,
+                group=group,
+            )
+        return mixed_loss(agreed, own, config.distill_weight)
+
+    def _own_loss(
+        self, output: CLIPOutput, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
+    ) -> Tensor:
         image, text, scale, bias = output.image, output.text, output.logit_scale, output.logit_bias
         chunk_size = self.config.loss_chunk
         with torch.autocast(image.device.type, enabled=False):
@@ -185,8 +213,9 @@ class ContrastiveTask:
         return found
 
     def files(self) -> dict[str, str]:
-        """Return the tokenizer."""
-        return {"tokenizer.json": (self.run / "tokenizer.json").read_text()}
+        """Return the tokenizer, and the digest of a teacher."""
+        own = {"tokenizer.json": (self.run / "tokenizer.json").read_text()}
+        return own | _teacher_files(self.teacher)
 
     def _shape_metadata(self, shards: tuple[str, ...]) -> dict[str, dict[str, Any]] | None:
         """Json of training samples for the shape-only baseline; None where there are no classes."""
@@ -229,9 +258,12 @@ class ClassifyTask:
         # A sigmoid that starts at 1 / C need not first unlearn C / 2 positives an image.
         sigmoid = config.label_loss == "sigmoid" and config.num_classes > 1
         bias = -math.log(config.num_classes - 1) if sigmoid else 0.0
-        self.model = Classifier(ClassifierConfig(vision, config.num_classes, bias))
+        shape = ClassifierConfig(vision, config.num_classes, bias, config.representation_size)
+        self.model = Classifier(shape)
         if weights is not None:
             self.model.vision.load_state_dict(weights)
+        freeze(self.model, config.freeze)
+        self.teacher = None if config.teacher is None else Teacher(self.config, world.device)
 
     def make_data(self, shards: Sequence[str], stored: Mapping[str, Any] | None) -> TrainData:
         """Stream the labelled images of the shards, or plan the folder's epochs."""
@@ -243,8 +275,26 @@ class ClassifyTask:
     def loss(
         self, output: Output, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
     ) -> Tensor:
-        """Return the loss of the labels."""
+        """Return the loss of the labels; with a teacher mixed with the distance to its answers."""
         assert isinstance(output, Tensor), "the model is a classifier"
+        own = partial(self._own_loss, output, batches, group)
+        if self.teacher is None:
+            return own()
+        taught, config = self.teacher(batches), self.config
+        assert isinstance(taught, Tensor), "the teacher is a classifier"
+        agreed = label_distillation(
+            output,
+            taught,
+            kl=config.distill_kl,
+            kind=config.label_loss,
+            temperature=config.distill_temperature,
+            group=group,
+        )
+        return mixed_loss(agreed, own, config.distill_weight)
+
+    def _own_loss(
+        self, output: Tensor, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
+    ) -> Tensor:
         filled = [batch for batch in batches if batch.num_images]  # an empty one may have no kind
         labels = [batch.labels for batch in filled if batch.labels is not None]
         assert len(labels) == len(filled), "data that needs labels skips images without"
@@ -279,8 +329,9 @@ class ClassifyTask:
         return {}
 
     def files(self) -> dict[str, str]:
-        """Return the names of a folder's classes, in the order of their labels."""
-        return {CLASSES_FILE: "\n".join(self.folder.classes) + "\n"} if self.folder else {}
+        """Return the names of a folder's classes, by label, and the digest of a teacher."""
+        own = {CLASSES_FILE: "\n".join(self.folder.classes) + "\n"} if self.folder else {}
+        return own | _teacher_files(self.teacher)
 
 
 def make_task(
@@ -300,46 +351,19 @@ def make_task(
     return ContrastiveTask(config, run, train_shards, world)
 
 
-def start_of_tower(config: TrainConfig) -> tuple[NaViTConfig, dict[str, Tensor] | None]:
-    """Return the image tower's configuration and, with ``init``, the weights it starts from.
+def mixed_loss(agreed: Tensor, own: Callable[[], Tensor], weight: float) -> Tensor:
+    """Mix the distance to a teacher with the task's own loss, which is left out at a weight of 1.
 
-    Raises:
-        ValueError: If the weights are for another patch size.
+    Args:
+        agreed: The distance to the teacher.
+        own: Computes the task's loss.
+        weight: The teacher's share.
     """
-    patch_size = config.packer.patch_size
-    if config.init is None:
-        return replace(config.model.vision, patch_size=patch_size), None
-    from navit.pretrained import load
-
-    model = load(config.init)
-    tower = model.vision if isinstance(model, CLIP) else model
-    if tower.config.patch_size != patch_size:
-        raise ValueError(
-            f"packer.patch_size must be that of the weights in {config.init} "
-            f"({tower.config.patch_size}); got {patch_size}. Set --packer.patch-size "
-            f"{tower.config.patch_size}."
-        )
-    # What follows from the run and not from the weights stays the run's.
-    ours = config.model.vision
-    kept = replace(
-        tower.config,
-        attention=ours.attention,
-        checkpointing=ours.checkpointing,
-        drop_path=ours.drop_path,
-    )
-    return kept, tower.state_dict()
+    return agreed if weight == 1 else weight * agreed + (1 - weight) * own()
 
 
-def start_of_scores(config: TrainConfig) -> CLIPConfig:
-    """Return the configuration of a CLIP whose scores start as the loss asks for.
-
-    Source: SigLIP (arXiv:2303.15343), section 3.2: scale 10 and bias -10, so that the many
-    negatives cost little at the start. Its scale has no bound.
-    """
-    model = config.model
-    if config.contrastive_loss != "sigmoid" or model.init_logit_bias is not None:
-        return model
-    return replace(model, init_logit_scale=10.0, max_logit_scale=None, init_logit_bias=-10.0)
+def _teacher_files(teacher: Teacher | None) -> dict[str, str]:
+    return {} if teacher is None else {TEACHER_FILE: teacher.digest + "\n"}
 
 
 def text_ids(texts: Sequence[str]) -> Int64[Tensor, " N"]:

@@ -1,6 +1,7 @@
 """One global batch of a step, split in different ways over ranks and batches."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from navit.model.classifier import Classifier, ClassifierConfig
+from navit.model.clip import CLIP
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
-from navit.train.config import TrainConfig
+from navit.train.config import Tower, TrainConfig
 from navit.train.parallel import ParallelConfig, parallelize, whole
 from navit.train.ranks import World, alone
 from navit.train.step import gradients
@@ -39,6 +43,9 @@ class Case:
     cache: bool = False
     checkpointing: bool = False
     drop_path: float = 0.0
+    frozen: tuple[Tower, ...] = ()
+    taught: bool = False
+    """Whether half of the loss is the distance to a wider teacher."""
 
 
 def deal(ranks: int, accumulate: int, *, empty_rank: int | None = None) -> Split:
@@ -98,23 +105,47 @@ def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
             vision=NaViTConfig(**shape), text=TextConfig(**shape, pool="mean"), embed_dim=6
         ),
         loss_chunk=2,
+        precision="fp32",
+        freeze=case.frozen,
+        distill_weight=0.5,
         seed=5,
     )
-    task: ContrastiveTask | ClassifyTask
-    if config.task == "classify":
-        task = ClassifyTask(config, ["none.tar"], alone(CPU))
-        with torch.no_grad():  # it starts at 0, where the tower gets no gradient
-            task.model.head.weight.normal_()
-    else:
+    with TemporaryDirectory() as run:
         tokenizer = CaptionTokenizer.train(["a caption", "another"], 300)
-        with TemporaryDirectory() as run:
-            tokenizer.save(f"{run}/given.json")
-            config = replace(config, tokenizer=Path(run, "given.json"))
+        tokenizer.save(f"{run}/given.json")
+        config = replace(config, tokenizer=Path(run, "given.json"))
+        if case.taught:
+            config = replace(config, teacher=save_teacher(config, Path(run, "teacher")))
+        task: ContrastiveTask | ClassifyTask
+        if config.task == "classify":
+            task = ClassifyTask(config, ["none.tar"], alone(CPU))
+        else:
             task = ContrastiveTask(config, Path(run), [], alone(CPU))
-        with torch.no_grad():
+    with torch.no_grad():
+        if isinstance(task, ClassifyTask):  # it starts at 0, where the tower gets no gradient
+            task.model.head.weight.normal_()
+        else:
             task.model.log_logit_scale.fill_(1.5)
     task.model.double()
+    if task.teacher is not None:
+        task.teacher.model.double()
     return task
+
+
+def save_teacher(config: TrainConfig, folder: Path) -> Path:
+    """Write a teacher of the task, wider than the student."""
+    torch.manual_seed(6)
+    vision = replace(config.model.vision, width=12, patch_size=PATCH_SIZE)
+    if config.task == "classify":
+        model: Any = Classifier(ClassifierConfig(vision, NUM_CLASSES))
+        torch.nn.init.normal_(model.head.weight)
+    else:
+        assert config.tokenizer is not None, "pairs have one"
+        vocab_size = CaptionTokenizer.from_file(config.tokenizer).vocab_size
+        text = replace(config.model.text, width=12, vocab_size=vocab_size)
+        model = CLIP(replace(config.model, vision=vision, text=text, embed_dim=10))
+    model.save_pretrained(folder)
+    return folder
 
 
 def run_case(world: World, case: Case) -> dict[str, np.ndarray]:
@@ -141,7 +172,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     total = sum(len(batch) for batch in problems)
     loss = sum(len(batch) / total * _plain_loss(task, case, batch) for batch in problems)
     assert isinstance(loss, Tensor)
-    named = dict(task.model.named_parameters())
+    named = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
     return {
         "loss": loss.detach().numpy(),
@@ -153,6 +184,10 @@ def expected(case: Case) -> dict[str, np.ndarray]:
 def _plain_loss(task: ContrastiveTask | ClassifyTask, case: Case, samples: Sequence[int]) -> Tensor:
     batch = make_batch(samples, with_targets=case.kind == "targets")
     output = task.model(batch)
+    if task.teacher is not None:
+        alone = replace(case, taught=False)
+        own = _plain_loss(_without_teacher(task), alone, samples)
+        return 0.5 * own + 0.5 * _divergence(output, task.teacher.model(batch))
     if case.kind == "sigmoid":
         return reference.sigmoid_loss(
             output.image, output.text, output.logit_scale, output.logit_bias
@@ -165,3 +200,23 @@ def _plain_loss(task: ContrastiveTask | ClassifyTask, case: Case, samples: Seque
     chance = output.sigmoid()
     targets = batch.labels
     return -(targets * chance.log() + (1 - targets) * (1 - chance).log()).sum(1).mean()
+
+
+def _without_teacher(task: ContrastiveTask | ClassifyTask) -> ContrastiveTask | ClassifyTask:
+    alone = copy(task)
+    alone.teacher = None
+    return alone
+
+
+def _divergence(student: Any, teacher: Any) -> Tensor:
+    """KL(teacher || student) of classes, or of each image's texts and each text's images."""
+    if isinstance(student, Tensor):
+        return _kl(student, teacher)
+    own, taught = (out.logit_scale * out.image @ out.text.T for out in (student, teacher))
+    return (_kl(own, taught) + _kl(own.T, taught.T)) / 2
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(
+        student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True
+    )

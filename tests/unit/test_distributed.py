@@ -55,6 +55,13 @@ CASES = [
     Case("labels", deal(4, 1, empty_rank=2)),
     Case("labels", deal(3, 3, empty_rank=2), "fsdp2"),
     Case("targets", deal(2, 3), cache=True),
+    Case("softmax", deal(2, 2), frozen=("text",)),
+    Case("softmax", deal(3, 2, empty_rank=1), "fsdp2", cache=True, frozen=("vision",)),
+    Case("labels", deal(2, 2), frozen=("vision",)),
+    Case("softmax", deal(3, 2, empty_rank=0), taught=True),
+    Case("softmax", deal(2, 2), "fsdp2", cache=True, taught=True),
+    Case("sigmoid", deal(1, 2), taught=True, frozen=("text",)),
+    Case("labels", deal(3, 2, empty_rank=2), taught=True),
 ]
 GRID = [
     Case(kind, deal(size, accumulate, empty_rank=empty), strategy, cache)

@@ -1,0 +1,124 @@
+"""A teacher: a trained model whose outputs another one learns to give (distillation).
+
+It sees the student's own images. Where it takes patches of one size alone and they come in others,
+the images are put together again and cut anew (`packer.recut`), in the training process: the loader
+knows nothing of teachers, and beside a teacher's forward pass the copy costs little.
+
+Source: FlexiViT (arXiv:2212.08013), section 3.3 "Knowledge distillation".
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from navit.model import CLIP, NaViT
+from navit.model.classifier import Classifier
+from navit.model.clip import CLIPOutput
+from navit.train.config import TrainConfig
+from navit.train.setup import resolve_autocast
+from packer.batch import PackedBatch
+from packer.plan.drop import NoDrop
+from packer.plan.patch_size import OnePatchSize
+from packer.recut import recut
+
+TEACHER_FILE = "teacher.sha256"
+"""Digest of the teacher's weights, beside a checkpoint's."""
+
+
+class Teacher:
+    """A frozen model that answers the batches a student is trained on.
+
+    Args:
+        config: The student's run; `teacher` names a run folder, one of its checkpoints, or a folder
+            of ``save_pretrained``.
+        device: Where it answers.
+
+    Raises:
+        ValueError: If it is of another kind than the student's task, has other classes, or cannot
+            see the images as the run packs them.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.model = _load(config)
+        self.digest = _digest(self.model)
+        self.model.to(device).eval().requires_grad_(requires_grad=False)
+        self.device, self.autocast_dtype = device, resolve_autocast(config, device)
+
+    @torch.no_grad()
+    def __call__(self, batches: Sequence[PackedBatch]) -> CLIPOutput | Tensor:
+        """Answer batches: one row for each of their images, in their order."""
+        outputs = [self._forward(batch) for batch in batches]
+        logits = [output for output in outputs if isinstance(output, Tensor)]
+        if logits:
+            return torch.cat(logits)
+        pairs = [output for output in outputs if isinstance(output, CLIPOutput)]
+        image, text = (torch.cat([getattr(x, name) for x in pairs]) for name in ("image", "text"))
+        return replace(pairs[0], image=image, text=text)
+
+    def _forward(self, batch: PackedBatch) -> CLIPOutput | Tensor:
+        dtype = self.autocast_dtype
+        seen = self._as_seen(batch).to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            output: CLIPOutput | Tensor = self.model(seen)
+        return output
+
+    def _as_seen(self, batch: PackedBatch) -> PackedBatch:
+        config = self.model.vision.config
+        alike = batch.patch_sizes is None and batch.patch_size == config.patch_size
+        if alike or config.patch_buffer is not None:
+            return batch
+        return recut(batch, config.patch_size)
+
+
+def tokenizer_of_teacher(config: TrainConfig) -> Path | None:
+    """Return the tokenizer a teacher was trained with, where its folder has one."""
+    if config.teacher is None or not (config.teacher / "tokenizer.json").is_file():
+        return None
+    return config.teacher / "tokenizer.json"
+
+
+def _load(config: TrainConfig) -> CLIP | Classifier:
+    """Read the teacher and check that it can teach this run."""
+    from navit.train.restore import load_model  # restoring a run makes tasks, which make teachers
+
+    assert config.teacher is not None, "the caller checks it"
+    model = load_model(config.teacher)
+    wanted = CLIP if config.task == "contrastive" else Classifier
+    if isinstance(model, NaViT) or not isinstance(model, wanted):
+        raise ValueError(
+            f"the teacher of task {config.task!r} must be a {wanted.__name__}; {config.teacher} is "
+            f"a {type(model).__name__}."
+        )
+    if isinstance(model, Classifier) and model.config.num_classes != config.num_classes:
+        raise ValueError(
+            f"the teacher must have the run's {config.num_classes} classes; it has "
+            f"{model.config.num_classes}."
+        )
+    if isinstance(model, CLIP) and model.config.text.vocab_size != config.model.text.vocab_size:
+        raise ValueError(
+            f"the teacher must read the run's tokens: a vocabulary of "
+            f"{config.model.text.vocab_size}; it has {model.config.text.vocab_size}. Give "
+            "--tokenizer with the teacher's tokenizer.json."
+        )
+    tower, packer = model.vision.config, config.packer
+    one = isinstance(packer.patch_sizes, OnePatchSize) and packer.patch_size == tower.patch_size
+    if tower.patch_buffer is None and not one and not isinstance(packer.token_drop, NoDrop):
+        raise ValueError(
+            f"a teacher with patches of {tower.patch_size} pixels alone must see whole images, to "
+            "have them cut into its own patches; packer.token_drop drops some. Set "
+            "packer.token-drop:no-drop, or take a flexible teacher."
+        )
+    return model
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Hash the weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

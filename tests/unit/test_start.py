@@ -1,0 +1,120 @@
+"""Where a model starts: given weights, made flexible or of another grid; frozen towers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from navit import NaViT, NaViTConfig
+from navit.model.clip import CLIP
+from navit.model.config import CLIPConfig
+from navit.train.config import TrainConfig
+from navit.train.ema import Ema
+from navit.train.optim import OptimConfig, build_optimizers
+from navit.train.ranks import alone
+from navit.train.start import start_of_tower
+from navit.train.step import gradients
+from packer.config import PackerConfig
+from packer.plan.patch_size import RandomPatchSize
+from tests.helpers.batches import pack_images, random_images
+from tests.helpers.distributed import CPU
+from tests.helpers.splits import Case, make_batch, make_task
+
+SHAPE: dict[str, Any] = {"width": 16, "mlp_dim": 24, "pos_embed": "grid", "pos_table_size": 3}
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> tuple[Path, NaViT]:
+    torch.manual_seed(0)
+    tower = NaViT(NaViTConfig.named("tiny", patch_size=4, **SHAPE)).eval()
+    tower.save_pretrained(tmp_path / "tower")
+    return tmp_path / "tower", tower
+
+
+def run_of(init: Path | None, **changes: Any) -> TrainConfig:
+    packer = PackerConfig(**{"patch_size": 4, "seq_len": 30, **changes.pop("packer", {})})
+    vision = NaViTConfig.named("tiny", **changes.pop("vision", {}))
+    model = CLIPConfig(vision=vision)
+    return TrainConfig(shards=("none.tar",), packer=packer, model=model, init=init, **changes)
+
+
+def start(config: TrainConfig) -> NaViT:
+    shape, weights = start_of_tower(config)
+    tower = NaViT(shape).eval()
+    assert weights is not None
+    tower.load_state_dict(weights)
+    return tower
+
+
+def test_a_fixed_tower_starts_a_flexible_run_as_what_it_was(weights: tuple[Path, NaViT]) -> None:
+    folder, tower = weights
+    sizes = {"patch_sizes": RandomPatchSize((4, 8))}
+    found = start(run_of(folder, packer=sizes, vision={"patch_buffer": 8}))
+    assert (found.config.patch_buffer, found.config.patch_size) == (8, 4)
+    batch = pack_images(random_images(4, seed=0, patch_size=4))
+    torch.testing.assert_close(found(batch).pooled, tower(batch).pooled, rtol=0, atol=1e-5)
+
+
+def test_a_grid_is_resized_for_another_resolution(weights: tuple[Path, NaViT]) -> None:
+    folder, tower = weights
+    found = start(run_of(folder, init_grid=5))
+    assert found.config.pos_table_size == 5
+    expected = tower.at_grid(5, "corners").pos_embed.table
+    assert torch.equal(found.pos_embed.table, expected)
+
+
+def test_patches_of_other_sizes_need_a_flexible_tower(weights: tuple[Path, NaViT]) -> None:
+    folder, _ = weights
+    with pytest.raises(ValueError, match=r"weights in .*\(4\); got 8.*patch-buffer 32"):
+        start_of_tower(run_of(folder, packer={"patch_size": 8}))
+    with pytest.raises(ValueError, match=r"several sizes.*4 pixels alone.*patch-buffer 32"):
+        start_of_tower(run_of(None, packer={"patch_sizes": RandomPatchSize((4, 8))}))
+
+
+@pytest.mark.parametrize(
+    ("case", "frozen", "learning"),
+    [
+        (Case("softmax", (), frozen=("text",)), ("text.", "text_proj."), "vision."),
+        (Case("sigmoid", (), frozen=("vision",)), ("vision.", "image_proj."), "text."),
+        (Case("labels", (), frozen=("vision",)), ("vision.",), "head."),
+    ],
+)
+def test_a_frozen_tower_keeps_its_bits_and_costs_no_state(
+    case: Case, frozen: tuple[str, ...], learning: str
+) -> None:
+    task = make_task(case)
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    optimizers, average = build_optimizers(task.model, OptimConfig()), Ema(task.model, 0.5)
+    optimizers.set_lr(1.0)
+    for samples in (range(4), range(3, 9)):
+        optimizers.zero_grad()
+        gradients(task, task.model, [make_batch(samples)], alone(CPU))
+        optimizers.step()
+        average.update(task.model)
+
+    after = task.model.state_dict()
+    for name, value in before.items():
+        if name.startswith(frozen):
+            assert torch.equal(after[name], value)
+            assert torch.equal(average.average[name], value)
+    moved = [name for name, value in before.items() if not torch.equal(after[name], value)]
+    assert any(name.startswith(learning) for name in moved)
+    assert not any(name.startswith(frozen) for name in optimizers.tensors())
+
+
+def test_a_frozen_tower_drops_no_paths() -> None:
+    frozen = make_task(Case("softmax", (), drop_path=0.5, frozen=("vision",))).model
+    assert isinstance(frozen, CLIP)
+    assert frozen.config.vision.drop_path == 0
+    assert frozen.config.text.drop_path == 0.5
+
+
+def test_wrong_freezing_is_refused() -> None:
+    with pytest.raises(ValueError, match="must leave one of the towers"):
+        TrainConfig(freeze=("vision", "text"))
+    with pytest.raises(ValueError, match="needs a text tower"):
+        replace(TrainConfig(task="classify"), freeze=("text",))
+    with pytest.raises(ValueError, match=r"init_grid.*init given; got 4 and None"):
+        TrainConfig(init_grid=4)
