@@ -1,0 +1,111 @@
+"""`python -m benchmarks.experiments.dvt`: does a stage gain by what the one before has found out?
+
+Run again, it goes on: finished runs are skipped, an interrupted one continues from its checkpoint.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.experiments.dvt.data import draw_objects
+from benchmarks.experiments.dvt.run import ARMS, QUICK, Result, Scale, run_arm
+from benchmarks.harness import environment
+
+TEST_SEED = 1 << 20
+"""Of the test images; training images have seed 0."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a dynamic transformer with no reuse, feature reuse, relationship reuse and both."""
+
+    steps: int = 400
+    """Training steps of each run."""
+    seeds: int = 3
+    """Seeds of every arm: 0, 1, ..."""
+    folder: Path = Path("runs/experiments/dvt")
+    """Results, table and picture."""
+    threads: int = 1
+    """Threads of torch. With small tensors a second one gains little, and where other programs run
+    it waits for its turn so often that a step took ten times as long."""
+    quick: bool = False
+    """A few steps of tiny towers, to see that everything runs; the numbers mean nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit status."""
+    try:
+        options = tyro.cli(Options, args=args, prog="python -m benchmarks.experiments.dvt")
+        _run_all(options)
+    except KeyboardInterrupt:
+        print("interrupted; run the command again to go on.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"python -m benchmarks.experiments.dvt: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run_all(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    scale = QUICK if options.quick else Scale()
+    _settle(options, scale)
+    data = (
+        draw_objects(scale.train_images, seed=0),
+        draw_objects(scale.test_images, seed=TEST_SEED),
+    )
+    planned = [(seed, arm) for seed in range(options.seeds) for arm in ARMS]
+    results: list[Result] = []
+    for number, (seed, arm) in enumerate(planned, 1):
+        title = f"[{number}/{len(planned)}] reuse: {arm.name}, seed {seed}"
+        results.append(
+            run_arm(arm, scale, data, options.folder, seed=seed, steps=options.steps, title=title)
+        )
+        write_summary(options, results)
+    print((options.folder / "summary.md").read_text())
+    print(f"table and picture: {options.folder}")
+
+
+def write_summary(options: Options, results: Sequence[Result]) -> None:
+    """Write summary.md, summary.json and accuracy.png of the runs there are."""
+    from benchmarks.experiments.dvt.summary import draw, format_table  # matplotlib takes a second
+
+    note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if options.quick else ""
+    (options.folder / "summary.md").write_text(note + format_table(results) + "\n")
+    # The harness names its own command.
+    command = " ".join(["python -m benchmarks.experiments.dvt", *sys.argv[1:]])
+    told = {**environment(), "command": command}
+    rows = {"environment": told, "results": [asdict(result) for result in results]}
+    (options.folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+    draw(results, options.folder / "accuracy.png")
+
+
+def _settle(options: Options, scale: Scale) -> None:
+    """Note the settings all runs of a folder have.
+
+    Raises:
+        ValueError: If the folder's runs have others.
+    """
+    path = options.folder / "settings.json"
+    settings = json.loads(json.dumps({"steps": options.steps, **asdict(scale)}))
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(
+            f"all runs of a folder must have the same settings; {path} has others than those asked "
+            "for. Give another --folder, or remove that one."
+        )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
