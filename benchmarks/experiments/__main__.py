@@ -15,7 +15,14 @@ import tyro
 
 from benchmarks.experiments.arms import EXPERIMENTS, SQUARE, Arm, Experiment, Letter, arm_config
 from benchmarks.experiments.data import DataSet, data_sets
-from benchmarks.experiments.run import ArmResult, Stopped, finished, plan_arm, run_arm
+from benchmarks.experiments.run import (
+    ArmResult,
+    Stopped,
+    finished,
+    plan_arm,
+    run_arm,
+    run_name,
+)
 from benchmarks.harness import environment
 from navit.train.loop import Trainer
 from navit.train.metrics import read_metrics
@@ -31,10 +38,11 @@ class Options:
     """Train the arms of the experiments at equal compute; write tables and pictures.
 
     (a) NaViT against a fixed square ViT, (b) token dropping, (c) fixed against variable
-    resolution, (d) position embeddings at unseen resolutions.
+    resolution, (d) position embeddings at unseen resolutions, (e) FlexiViT: one model for several
+    patch sizes.
     """
 
-    only: tuple[Letter, ...] = ("a", "b", "c", "d")
+    only: tuple[Letter, ...] = ("a", "b", "c", "d", "e")
     """Experiments to run, in this order."""
     sets: tuple[str, ...] = ()
     """Data sets, of "demo" (drawn scenes of 256 px and more), "pairs" (photographs beside the
@@ -172,11 +180,13 @@ def _run_all(options: Options, sets: dict[str, DataSet], budget: float) -> None:
         "again to go on",
         flush=True,
     )
+    teachers = frozenset().union(*(EXPERIMENTS[letter].teachers for letter in options.only))
     results: list[ArmResult] = []
     spent: list[float] = []
     for number, job in enumerate(planned, 1):
-        folder = options.folder / "runs" / f"{job.data.name}-{job.arm.name}-{job.seed}"
-        config, plan = plan_arm(job.arm, job.data, budget, job.seed)
+        runs = options.folder / "runs"
+        folder = runs / run_name(job.data, job.arm.name, job.seed)
+        config, plan = plan_arm(job.arm, job.data, budget, job.seed, runs)
         result = finished(folder, config)
         if result is None:
             left = len(planned) - number + 1
@@ -189,7 +199,13 @@ def _run_all(options: Options, sets: dict[str, DataSet], budget: float) -> None:
             )
             start = monotonic()
             result = run_arm(
-                job.arm, job.data, config, plan, folder, keep_weights=options.keep_weights
+                job.arm,
+                job.data,
+                config,
+                plan,
+                folder,
+                teaches=job.arm.name in teachers,
+                keep_weights=options.keep_weights,
             )
             spent.append(monotonic() - start)
         results.append(result)

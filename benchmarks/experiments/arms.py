@@ -19,6 +19,7 @@ from packer.plan.drop import (
     ScheduledDrop,
     TokenDrop,
 )
+from packer.plan.patch_size import OnePatchSize, RandomPatchSize
 from packer.plan.resize import (
     FixedSide,
     Native,
@@ -29,7 +30,8 @@ from packer.plan.resize import (
     UniformSide,
 )
 
-Letter = Literal["a", "b", "c", "d"]
+Letter = Literal["a", "b", "c", "d", "e"]
+Axis = Literal["tokens", "patch size"]
 Sampling = Literal["square", "fixed", "uniform side", "normal side", "uniform area", "normal area"]
 Dropping = Literal["none", "constant", "beta", "resolution", "falling", "rising"]
 
@@ -54,17 +56,26 @@ class Arm:
     """Where the side of a training image comes from; "square" squashes every image."""
     dropping: Dropping = "beta"
     """How many tokens are left out; the mean rate is 0.5 everywhere but in "none"."""
-    side: int = HIGH
-    """Largest side in patches; the only one of "square" and "fixed"."""
+    side: float = HIGH
+    """Largest side in the arm's own patches; the only one of "square" and "fixed"."""
     vision: Mapping[str, Any] = field(default_factory=dict)
     """Changes to the image tower."""
     budgets: tuple[int, ...] = (36, 64, 100, 144)
-    """Token budgets of an image at which the finished model is evaluated."""
+    """Token budgets of an image at which the finished model is evaluated; of an experiment over
+    patch sizes, those in pixels."""
+    patch_sizes: tuple[int, ...] = ()
+    """Sides of patches in pixels; of several each image draws one. None: the data set's."""
+    teacher: str | None = None
+    """Arm whose weights of the same seed it starts from and learns to agree with."""
 
     @property
     def train_tokens(self) -> int:
         """Token budget of an image in training, and in the evaluations along the way."""
-        return self.side**2
+        return int(self.side**2)
+
+    def patch_size(self, scale: "Scale") -> int:
+        """Return the side of a patch in pixels at the evaluations along the way."""
+        return self.patch_sizes[0] if self.patch_sizes else scale.patch_size
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,13 @@ class Experiment:
     """What is asked."""
     arms: tuple[Arm, ...]
     """The first is the baseline of the paired differences."""
+    axis: Axis = "tokens"
+    """What the finished models are evaluated at several values of."""
+
+    @property
+    def teachers(self) -> frozenset[str]:
+        """Arms that teach others."""
+        return frozenset(arm.teacher for arm in self.arms if arm.teacher is not None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,26 @@ _UNSEEN = (16, 36, 64, 100, 144, 196, 256)
 
 def _positions(name: str, what: str, **vision: Any) -> Arm:
     return Arm(f"pos-{name}", what, side=8, vision=vision, budgets=_UNSEEN)
+
+
+PIXELS = 160
+"""Side of the images of (e), whatever the size of their patches."""
+DRAWN_SIZES = (16, 20, 24, 32)
+"""Patch sizes of its flexible arms: 100 to 25 tokens an image."""
+_EVALUATED_SIZES = (14, 16, 18, 20, 24, 28, 32, 40)
+
+
+def _patches(name: str, what: str, *sizes: int, teacher: str | None = None) -> Arm:
+    return Arm(
+        f"patch-{name}",
+        what,
+        "fixed",
+        "none",
+        side=PIXELS / sizes[0],
+        budgets=_EVALUATED_SIZES,
+        patch_sizes=sizes,
+        teacher=teacher,
+    )
 
 
 EXPERIMENTS = {
@@ -152,6 +190,18 @@ EXPERIMENTS = {
                 _positions("grid", "learned grid, interpolated", pos_embed="grid"),
             ),
         ),
+        Experiment(
+            "e",
+            "one flexible model against one model a patch size",
+            (
+                _patches("16", "16 px alone", 16),
+                _patches("24", "24 px alone", 24),
+                _patches("32", "32 px alone", 32),
+                _patches("flexible", "flexible, from scratch", *DRAWN_SIZES),
+                _patches("taught", "flexible, taught by 16 px", *DRAWN_SIZES, teacher="patch-16"),
+            ),
+            axis="patch size",
+        ),
     )
 }
 """The experiments in their order."""
@@ -193,11 +243,13 @@ def token_drop(arm: Arm, images: int) -> TokenDrop:
 
 def packing(arm: Arm, scale: Scale, *, images: int, seed: int = 0) -> PackerConfig:
     """Return what an arm does to every image of a run over so many images."""
+    several = len(arm.patch_sizes) > 1
     return PackerConfig(
-        patch_size=scale.patch_size,
+        patch_size=arm.patch_size(scale),
+        patch_sizes=RandomPatchSize(arm.patch_sizes) if several else OnePatchSize(),
         seq_len=scale.seq_len,
         max_tokens=arm.train_tokens,
-        resolution=resolution(arm, scale.patch_size),
+        resolution=resolution(arm, arm.patch_size(scale)),
         token_drop=token_drop(arm, images),
         seed=seed,
     )
@@ -222,7 +274,8 @@ def arm_config(arm: Arm, scale: Scale, *, images: int, steps: int, seed: int) ->
             text=replace(model.text, **shape),
             embed_dim=32,
         )
-    vision = replace(model.vision, patch_size=scale.patch_size, **arm.vision)
+    flexible = {"patch_buffer": 32} if len(arm.patch_sizes) > 1 else {}
+    vision = replace(model.vision, patch_size=arm.patch_size(scale), **flexible, **arm.vision)
     every = max(steps // EVALUATIONS, 1)
     return TrainConfig(
         packer=packing(arm, scale, images=images, seed=seed),

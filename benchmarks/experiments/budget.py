@@ -14,7 +14,7 @@ from navit.train.flops import STEP_OVER_FORWARD, image_flops, text_flops
 from packer.captions import CaptionTokenizer
 from packer.decode import read_size
 from packer.errors import SkipSample
-from packer.plan.many import plan_lengths
+from packer.plan.many import plan_patches
 from packer.plan.place import pack_lengths
 from packer.shards import IMAGE_EXTENSIONS, expand_shards, iter_shard
 
@@ -96,9 +96,10 @@ def plan_run(config: CLIPConfig, arm: Arm, scale: Scale, samples: Samples, budge
     """
     repeated = np.resize(np.arange(len(samples.sizes)), DRAWS)
     packed = packing(arm, scale, images=DRAWS)
-    kept = plan_lengths(samples.sizes[repeated], packed, np.random.default_rng(0))
+    kept, patches = plan_patches(samples.sizes[repeated], packed, np.random.default_rng(0))
     captions = np.array(samples.captions)[repeated].tolist()
-    per_image = STEP_OVER_FORWARD * forward_flops(config, kept.tolist(), captions) / DRAWS
+    forward = forward_flops(config, kept.tolist(), captions, patches.tolist())
+    per_image = STEP_OVER_FORWARD * forward / DRAWS
     sequences = pack_lengths(kept.tolist(), scale.seq_len)
     per_step = scale.sequences * DRAWS / len(sequences)
     steps = round(budget / per_image / per_step)
@@ -111,11 +112,25 @@ def plan_run(config: CLIPConfig, arm: Arm, scale: Scale, samples: Samples, budge
     return Plan(steps, images, steps * per_step * per_image)
 
 
-def forward_flops(config: CLIPConfig, tokens: Sequence[int], captions: Sequence[int]) -> int:
-    """Return the operations of both towers on images and captions of so many tokens each."""
+def forward_flops(
+    config: CLIPConfig,
+    tokens: Sequence[int],
+    captions: Sequence[int],
+    patch_sizes: Sequence[int],
+) -> int:
+    """Return the operations of both towers on images and captions of so many tokens each.
+
+    An image's patches are of the size given for it.
+    """
     projections = config.vision.width + config.text.width
+    by_size: dict[int, list[int]] = {}
+    for size, length in zip(patch_sizes, tokens, strict=True):
+        by_size.setdefault(size, []).append(length)
     return (
-        image_flops(config.vision, tokens)
+        sum(
+            image_flops(replace(config.vision, patch_size=size, patch_buffer=None), lengths)
+            for size, lengths in by_size.items()
+        )
         + text_flops(config.text, captions)
         + 2 * len(tokens) * projections * config.embed_dim
     )

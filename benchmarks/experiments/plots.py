@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from benchmarks.experiments.arms import Experiment
 from benchmarks.experiments.run import ArmResult, Point
+from benchmarks.experiments.summary import AXES
 
 _GRID = 200  # places at which the mean curve over seeds is read
 
@@ -19,7 +20,7 @@ def draw(experiment: Experiment, data: str, results: Sequence[ArmResult], path: 
 
     Left quality over compute, in the middle over images seen: thin lines are seeds, the thick one
     their mean. Right the finished models at several token budgets: mean, and bars from the lowest
-    to the highest seed.
+    to the highest seed; or at several patch sizes.
 
     Args:
         experiment: Its arms.
@@ -48,13 +49,18 @@ def draw(experiment: Experiment, data: str, results: Sequence[ArmResult], path: 
             capsize=2,
             label=arm.what,
         )
-    largest = max(arm.train_tokens for arm in experiment.arms)
-    budgets.axvline(largest, color="#7a808a", linestyle=":", label="largest image in training")
+    seen, label = {max(arm.train_tokens for arm in experiment.arms)}, "largest image in training"
+    if experiment.axis == "patch size":
+        seen = {size for arm in experiment.arms for size in arm.patch_sizes}
+        label = "sizes in training"
+    for place in sorted(seen):
+        budgets.axvline(place, color="#7a808a", linestyle=":", zorder=0, label=label)
+        label = "_"  # named once
     for axes in (compute, images):
         axes.locator_params(axis="x", nbins=5)
     compute.set_xlabel("training compute, TFLOPs")
     images.set_xlabel("images seen, thousands")
-    budgets.set_xlabel("token budget of an image at evaluation")
+    budgets.set_xlabel(f"{AXES[experiment.axis]} at evaluation")
     budgets.set_xscale("log")
     ticks = sorted({budget for arm in experiment.arms for budget in arm.budgets})
     budgets.xaxis.set_major_locator(FixedLocator(ticks))

@@ -26,7 +26,7 @@ from navit.train.restore import load_trained
 from navit.train.setup import resolve_autocast, resolve_device
 from packer.captions import CaptionTokenizer
 
-RESULT = "arm.json"
+RESULT, TEACHER = "arm.json", "model"
 
 
 class Stopped(RuntimeError):
@@ -66,7 +66,7 @@ class ArmResult:
     points: tuple[Point, ...]
     """Evaluations with the averaged weights, the last one at the end."""
     budgets: Mapping[int, Mapping[str, float]]
-    """By token budget, every metric of the finished model, and its ``mean_tokens``."""
+    """By token budget, or patch size, every metric of the finished model and ``mean_tokens``."""
 
     @property
     def quality(self) -> float:
@@ -74,7 +74,7 @@ class ArmResult:
         return self.points[-1].quality
 
     def at(self, budget: int) -> float:
-        """Return the quality at a token budget."""
+        """Return the quality at a token budget or patch size."""
         return self.budgets[budget][self.metric]
 
     @classmethod
@@ -85,16 +85,34 @@ class ArmResult:
         return cls(**{**found, "points": points, "budgets": budgets})
 
 
-def plan_arm(arm: Arm, data: DataSet, budget: float, seed: int) -> tuple[TrainConfig, Plan]:
-    """Return an arm's run within a budget of operations; squares are made where it needs them."""
+def run_name(data: DataSet, arm: str, seed: int) -> str:
+    """Name a run, and its folder."""
+    return f"{data.name}-{arm}-{seed}"
+
+
+def plan_arm(
+    arm: Arm, data: DataSet, budget: float, seed: int, runs: Path
+) -> tuple[TrainConfig, Plan]:
+    """Return an arm's run within a budget of operations; squares are made where it needs them.
+
+    Args:
+        arm: The arm.
+        data: What it is trained on.
+        budget: Operations of the run, forward and backward; a teacher's are not counted.
+        seed: Its seed.
+        runs: Where runs lie, a teacher's among them.
+    """
     if arm.sampling == "square":
-        data = data.squashed(arm.side)
+        data = data.squashed(round(arm.side))
     path = data.tokenizer()
     tokenizer = CaptionTokenizer.from_file(path)
     first = arm_config(arm, data.scale, images=1, steps=1, seed=seed)
     samples = read_samples(data.train, tokenizer, first.packer.max_text_tokens)
     plan = plan_run(with_text(first, tokenizer), arm, data.scale, samples, budget)
     config = arm_config(arm, data.scale, images=plan.images, steps=plan.steps, seed=seed)
+    if arm.teacher is not None:
+        teacher = runs / run_name(data, arm.teacher, seed) / TEACHER
+        config = replace(config, init=teacher, teacher=teacher)
     return replace(config, shards=data.train, val=data.val, tokenizer=path), plan
 
 
@@ -123,6 +141,7 @@ def run_arm(
     plan: Plan,
     folder: Path,
     *,
+    teaches: bool = False,
     keep_weights: bool = False,
     progress: bool = True,
 ) -> ArmResult:
@@ -134,6 +153,7 @@ def run_arm(
         config: What `plan_arm` returned.
         plan: The same.
         folder: The run folder.
+        teaches: Whether the model is kept beside the run, as other arms' teacher.
         keep_weights: Whether the last checkpoint stays when all is measured.
         progress: Whether a progress bar is shown.
 
@@ -153,6 +173,8 @@ def run_arm(
         **_curve(folder, data.metric),
         budgets=_at_budgets(arm, config, data, folder),
     )
+    if teaches:
+        load_trained(folder).model.save_pretrained(folder / TEACHER)
     stored = {"config": to_plain(config), "result": asdict(found)}
     part = folder / f"{RESULT}.part"
     part.write_text(json.dumps(stored, indent=2) + "\n")
@@ -184,7 +206,10 @@ def _curve(folder: Path, metric: str) -> dict[str, Any]:
 def _at_budgets(
     arm: Arm, config: TrainConfig, data: DataSet, folder: Path
 ) -> dict[int, dict[str, float]]:
-    """Evaluate the averaged weights on whole images at each of the arm's budgets."""
+    """Evaluate the averaged weights on whole images at each of the arm's budgets, or patch sizes.
+
+    At another patch size images keep their resolution.
+    """
     trained = load_trained(folder)
     device = resolve_device(config)
     subject = Subject(
@@ -205,7 +230,10 @@ def _at_budgets(
     evaluator = BudgetEvaluator(subject, val, train, settings)
     found = {}
     for budget in arm.budgets:
-        result = evaluator.evaluate(budget)
+        if arm.patch_sizes:
+            result = evaluator.evaluate(patch_size=budget)
+        else:
+            result = evaluator.evaluate(budget)
         chance = {f"{name}/chance": 1 / n["classes"] for name, n in result.classes.items()}
         found[budget] = {**result.metrics, **chance, "mean_tokens": result.mean_tokens}
     return found

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from math import isnan, nan, sqrt
 from statistics import fmean
 
-from benchmarks.experiments.arms import Arm, Experiment
+from benchmarks.experiments.arms import Arm, Axis, Experiment
 from benchmarks.experiments.run import ArmResult, Point
+
+AXES: Mapping[Axis, str] = {
+    "tokens": "token budget of an image",
+    "patch size": "side of a patch in pixels",
+}
+"""What the finished models are evaluated at."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Row:
     quality: Spread
     """At the end, at its training budget."""
     best_budget: int
-    """The token budget with the highest mean quality, chosen on the same validation images."""
+    """Token budget, or patch size, of highest mean quality, chosen on the same images."""
     best: Spread
     """Quality there."""
     images: Spread
@@ -140,6 +146,7 @@ def format_table(experiment: Experiment, data: str, results: Sequence[ArmResult]
     names = {row.arm.name for row in rows}
     used = [result for result in results if result.arm in names]
     first = used[0]
+    unit = "tokens" if experiment.axis == "tokens" else "px"
     lines = [
         f"### ({experiment.letter}) {experiment.title}: {data}",
         "",
@@ -158,12 +165,12 @@ def format_table(experiment: Experiment, data: str, results: Sequence[ArmResult]
             equal += f" ({row.reached} of {row.difference.count} reached)"
         lines.append(
             f"| {row.arm.what} | {row.quality.text('.1%')} | {row.difference.text('+.1%')} | "
-            f"{row.best.text('.1%')} ({row.best_budget} tokens) | {row.images.text(',.0f')} | "
+            f"{row.best.text('.1%')} ({row.best_budget} {unit}) | {row.images.text(',.0f')} | "
             f"{row.flops.text('.3g')} | {row.minutes.text('.1f')} | {equal} | "
             f"{row.image_ratio.text('.2f')} |"
         )
     budgets = sorted({budget for row in rows for budget in row.arm.budgets})
-    lines += ["", "Quality by token budget of an image at evaluation:", ""]
+    lines += ["", f"Quality by {AXES[experiment.axis]} at evaluation:", ""]
     lines.append("| arm | " + " | ".join(map(str, budgets)) + " |")
     lines.append("| --- |" + " --- |" * len(budgets))
     for row in rows:

@@ -187,7 +187,7 @@ def _plain_loss(task: ContrastiveTask | ClassifyTask, case: Case, samples: Seque
     if task.teacher is not None:
         alone = replace(case, taught=False)
         own = _plain_loss(_without_teacher(task), alone, samples)
-        return 0.5 * own + 0.5 * _divergence(output, task.teacher.model(batch))
+        return 0.5 * own + 0.5 * _divergence(output, task.teacher.model(batch), case.kind)
     if case.kind == "sigmoid":
         return reference.sigmoid_loss(
             output.image, output.text, output.logit_scale, output.logit_bias
@@ -208,8 +208,11 @@ def _without_teacher(task: ContrastiveTask | ClassifyTask) -> ContrastiveTask | 
     return alone
 
 
-def _divergence(student: Any, teacher: Any) -> Tensor:
+def _divergence(student: Any, teacher: Any, kind: str) -> Tensor:
     """KL(teacher || student) of classes, or of each image's texts and each text's images."""
+    if kind == "targets":  # each class is a yes or no
+        yes_or_no = (torch.stack([x, torch.zeros_like(x)], dim=2) for x in (student, teacher))
+        return _kl(*(x.flatten(0, 1) for x in yes_or_no)) * NUM_CLASSES
     if isinstance(student, Tensor):
         return _kl(student, teacher)
     own, taught = (out.logit_scale * out.image @ out.text.T for out in (student, teacher))

@@ -62,6 +62,7 @@ CASES = [
     Case("softmax", deal(2, 2), "fsdp2", cache=True, taught=True),
     Case("sigmoid", deal(1, 2), taught=True, frozen=("text",)),
     Case("labels", deal(3, 2, empty_rank=2), taught=True),
+    Case("targets", deal(2, 2), taught=True),
 ]
 GRID = [
     Case(kind, deal(size, accumulate, empty_rank=empty), strategy, cache)

@@ -29,7 +29,7 @@ from packer.shards import iter_shard
 ARMS = {arm.name: arm for experiment in EXPERIMENTS.values() for arm in experiment.arms}
 SCALE = Scale(16)
 BUDGET = 1e13
-FAST = ("vit", "vit-small", "navit", "drop-falling", "drop-rising", "fixed-small")
+FAST = ("vit", "vit-small", "navit", "drop-falling", "drop-rising", "patch-flexible")
 """Arms whose compute is checked in `make test`: one of each kind."""
 
 
@@ -58,14 +58,19 @@ def test_every_arm_costs_the_budget_within_two_percent(arm: Arm) -> None:
 
     packed = packing(arm, SCALE, images=plan.images)
     seen = np.linspace(0, plan.images - 1, 6000).astype(int)  # every so manyth image of the run
-    kept, captions = [], []
+    kept, captions, patches = [], [], []
     for number in seen.tolist():
         index = number % len(samples.sizes)
         size = ImageSize(*samples.sizes[index].tolist())
-        kept.append(plan_image(f"{number}", size, packed, images_seen=number).num_kept)
+        image = plan_image(f"{number}", size, packed, images_seen=number)
+        kept.append(image.num_kept)
+        patches.append(image.patch_size)
         captions.append(samples.captions[index])
     model = config.model
     flops = image_flops(model.vision, kept) + text_flops(model.text, captions)
+    side = model.vision.patch_size
+    pixels = sum(n * (size**2 - side**2) for n, size in zip(kept, patches, strict=True))
+    flops += 2 * 3 * model.vision.width * pixels  # patches of other sizes than the model's
     flops += 2 * len(kept) * (model.vision.width + model.text.width) * model.embed_dim
     sequences = len(pack_lengths(kept, SCALE.seq_len))
     spent = STEP_OVER_FORWARD * flops / sequences * plan.steps * SCALE.sequences
@@ -80,7 +85,7 @@ def test_arms_of_one_name_are_one_arm_and_mean_drop_rates_are_equal() -> None:
         for arm in experiment.arms:
             # A shared arm is trained once, so nothing but its label may differ.
             assert replace(found.setdefault(arm.name, arm), what="") == replace(arm, what="")
-            assert arm.train_tokens in arm.budgets
+            assert arm.train_tokens in arm.budgets or arm.patch_size(SCALE) in arm.budgets
     tokens = {
         name: packing(ARMS[name], SCALE, images=1000).token_drop
         for name in ("drop-constant", "navit", "drop-falling", "drop-rising")
@@ -202,7 +207,7 @@ def test_arms_shared_by_experiments_are_trained_once() -> None:
     }
     planned = list(jobs(Options(seeds=2), sets))
     names = [(job.data.name, job.arm.name, job.seed) for job in planned]
-    assert len(names) == len(set(names)) == 2 * (18 + 3)
+    assert len(names) == len(set(names)) == 2 * (23 + 3)
     # A whole seed of an experiment comes before the next, so that an early end leaves pairs.
     assert [job.seed for job in planned[:6]] == [0, 0, 0, 1, 1, 1]
 
