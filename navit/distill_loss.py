@@ -1,7 +1,9 @@
-"""Losses of distillation: how far a student's answers are from a teacher's.
+"""Losses of distillation: how far a student's distributions are from its teacher's.
 
-Source: FlexiViT (arXiv:2212.08013), section 3.3 "Knowledge distillation"; Hinton et al.
-(arXiv:1503.02531), section 2.
+Of classes, a row of logits is a distribution; of image-text pairs each image has one over all texts
+and each text one over all images. The similarities of pairs are computed tile by tile, twice in the
+forward and once in the backward pass, in memory beyond the gradients of O(chunk_size^2 + N), as in
+`navit.loss`.
 """
 
 from typing import Any, Literal
@@ -10,134 +12,237 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from navit.label_loss import LabelLoss, mean_over_ranks
-from navit.loss_tiles import Ranks
+from navit.loss_tiles import Gradients, Ranks, RunningLogSumExp, Tile, Tiles
 
 Divergence = Literal["forward", "reverse"]
+"""KL(teacher || student), or KL(student || teacher)."""
 
 
 def label_distillation(
-    student: Float[Tensor, "N C"],
-    teacher: Float[Tensor, "N classes"],
+    logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N_teacher C_teacher"],
     *,
     kl: Divergence = "forward",
     kind: LabelLoss = "softmax",
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the mean divergence of class distributions over N images, in float32 or better.
+    """Return the mean divergence between class distributions of N images, in float32 or better.
 
     Args:
-        student: Its class logits.
-        teacher: The teacher's; they get no gradient.
+        logits: The student's.
+        teacher_logits: The teacher's, of the same shape; no gradient reaches them.
         kl: "forward": KL(teacher || student); "reverse": KL(student || teacher).
-        kind: "softmax": of distributions over classes; "sigmoid": the sum over classes of the
-            divergences of yes and no.
-        temperature: Divides both logits. The loss is multiplied by its square, so that gradients
-            keep their size.
+        kind: "softmax": one distribution over the C classes; "sigmoid": the sum over classes of
+            the divergences between "is it" and "is it not".
+        temperature: T: both logits are divided by it and the loss multiplied by its square, which
+            keeps the size of the gradients (arXiv:1503.02531, section 2).
         group: Ranks that share the loss, as in `navit.label_loss.label_loss`.
 
     Returns:
-        The mean over all images of all ranks, with values and gradients as in `label_loss`; 0 where
-        the two agree.
+        The mean over all images of all ranks, with gradients scaled as those of `label_loss`; 0,
+        connected to the logits, for no image.
 
     Raises:
-        ValueError: If the two are not of one shape, or the temperature is not positive.
+        ValueError: If the logits differ in shape, or a setting is out of range.
+
+    Source: FlexiViT (arXiv:2212.08013), on knowledge distillation: the paper prints the reverse,
+    its authors' code minimises the forward.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive; got {temperature}.")
-    if student.shape != teacher.shape:
+    if logits.ndim != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(
             "student and teacher must have logits of the same images and classes; got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}."
+            f"{tuple(logits.shape)} and {tuple(teacher_logits.shape)}."
         )
-    with torch.autocast(student.device.type, enabled=False):
-        own, taught = (_precise(x) / temperature for x in (student, teacher.detach()))
-        own, taught = _log_probabilities(own, kind), _log_probabilities(taught, kind)
-        total = _divergence(own, taught, kl).sum() * temperature**2
-        return mean_over_ranks(total, len(student), group)
+    with torch.autocast(logits.device.type, enabled=False):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        student, teacher = (
+            _log_chances(x.to(dtype) / temperature, kind) for x in (logits, teacher_logits.detach())
+        )
+        p, q = (teacher, student) if kl == "forward" else (student, teacher)
+        total = (p.exp() * (p - q)).sum() * temperature**2
+        return mean_over_ranks(total, len(logits), group)
+
+
+def _log_chances(logits: Tensor, kind: LabelLoss) -> Tensor:
+    """Return log-probabilities whose last axis is a distribution."""
+    if kind == "softmax":
+        return logits.log_softmax(-1)
+    return F.logsigmoid(torch.stack([logits, -logits], -1))
 
 
 def contrastive_distillation(
     image: Float[Tensor, "N D"],
     text: Float[Tensor, "N D"],
     logit_scale: Float[Tensor, ""],
-    teacher_image: Float[Tensor, "M E"],
-    teacher_text: Float[Tensor, "M E"],
+    teacher_image: Float[Tensor, "N_teacher K"],
+    teacher_text: Float[Tensor, "N_teacher K"],
     teacher_scale: Float[Tensor, ""],
     *,
     kl: Divergence = "forward",
+    chunk_size: int = 512,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """Return how far a student's softmax over all texts and over all images is from a teacher's.
+    """Return the mean divergence between similarity distributions of N pairs.
 
-    The value is the mean over pairs of (divergence of an image's distribution over all texts + that
-    of its text's over all images) / 2, at each model's own multiplier. Memory is some ten matrices
-    of N times all pairs: unlike the losses in `navit.loss` it is not tiled.
+    The value is the mean over pairs of (the divergence between the image's distributions over all
+    texts + that between the text's over all images) / 2, each a softmax of
+    ``scale * image @ text.T``.
 
     Args:
-        image: The student's image vectors, normalised; row i belongs to row i of ``text``.
-        text: Its text vectors, normalised.
-        logit_scale: Its multiplier itself.
-        teacher_image: The teacher's image vectors, normalised, of any width; no gradient.
+        image: The student's image vectors, normalised by the caller.
+        text: Its text vectors; row i belongs to row i of ``image``.
+        logit_scale: Its multiplier itself, not the logarithm.
+        teacher_image: The teacher's image vectors of the same pairs; their size may differ. No
+            gradient reaches the teacher.
         teacher_text: Its text vectors.
         teacher_scale: Its multiplier.
         kl: "forward": KL(teacher || student); "reverse": KL(student || teacher).
-        group: Ranks that share the loss, as in `navit.loss.contrastive_loss`.
+        chunk_size: Side of a tile of scores, as in `navit.loss.contrastive_loss`.
+        group: Ranks that share the loss, as in `navit.loss.contrastive_loss`. Distributions are
+            over the texts, or images, of all ranks.
 
     Returns:
-        The mean over all pairs of all ranks, with values and gradients as in `contrastive_loss`; 0
-        where the two agree.
+        The mean over all pairs of all ranks, equal on every rank; 0 where there is no pair, still
+        connected to the graph. Gradients are scaled as those of `contrastive_loss`.
 
     Raises:
-        ValueError: If the numbers of vectors differ.
+        ValueError: If shapes do not fit each other, or a setting is out of range.
+
+    Source: FlexiViT (arXiv:2212.08013) does so with class distributions; those of similarities are
+    ours.
     """
     counts = [len(x) for x in (image, text, teacher_image, teacher_text)]
     if len(set(counts)) != 1:
         raise ValueError(f"all vectors must be of the same pairs; got {counts} of them.")
-    ranks = Ranks(group, image)
-    with torch.autocast(image.device.type, enabled=False):
-        own = [_precise(x) for x in (image, text)]
-        taught = [_precise(x.detach()) for x in (teacher_image, teacher_text)]
-        total = own[0].new_zeros(())
-        for rows, columns in ((0, 1), (1, 0)):
-            others: Tensor = _Gathered.apply(own[columns], ranks)  # type: ignore[no-untyped-call]
-            scores = logit_scale * (own[rows] @ others.T)
-            wanted = teacher_scale.detach() * (taught[rows] @ ranks.gather(taught[columns]).T)
-            logs = scores.log_softmax(1), wanted.to(scores.dtype).log_softmax(1)
-            total = total + _divergence(*logs, kl).sum() / 2
-        return mean_over_ranks(total, len(image), group)
+    if isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of pairs; got {chunk_size}.")
+    loss: Tensor = _PairDivergence.apply(  # type: ignore[no-untyped-call]
+        image,
+        text,
+        logit_scale,
+        teacher_image.detach(),
+        teacher_text.detach(),
+        teacher_scale.detach(),
+        kl,
+        chunk_size,
+        Ranks(group, image),
+    )
+    return loss
 
 
-def _log_probabilities(logits: Tensor, kind: LabelLoss) -> Tensor:
-    """Return those of the classes; by sigmoid each class is a distribution over yes and no."""
-    if kind == "softmax":
-        return logits.log_softmax(1)
-    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)])
+class _Pass:
+    """One walk over the scores of student and teacher, tile by tile, in step."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], chunk_size: int, ranks: Ranks) -> None:
+        image, text, scale, teacher_image, teacher_text, teacher_scale = tensors
+        self.student = Tiles(image, text, scale, None, chunk_size, ranks)
+        self.teacher = Tiles(teacher_image, teacher_text, teacher_scale, None, chunk_size, ranks)
+        # One type for both, the better: a tile of theirs enters a tile of ours.
+        both = torch.promote_types(self.student.dtype, self.teacher.dtype)
+        self.student.dtype = self.teacher.dtype = both
+
+    def __iter__(self) -> Any:
+        return zip(self.student, self.teacher, strict=True)
+
+
+class _Norms:
+    """Log-sum-exp of each row and column of one model's scores."""
+
+    def __init__(self, tiles: Tiles) -> None:
+        self.tiles = tiles
+        self.of_rows = RunningLogSumExp(len(tiles.image), tiles)
+        self.of_columns = RunningLogSumExp(len(tiles.columns), tiles)
+
+    def add(self, tile: Tile) -> None:
+        self.of_rows.add(tile.rows, tile.scores, dim=1, out=tile.spare)
+        self.of_columns.add(tile.columns, tile.scores, dim=0, out=tile.spare)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        columns = self.tiles.ranks.merge(self.of_columns)
+        return self.of_rows.result(), columns.result()
+
+
+class _PairDivergence(torch.autograd.Function):
+    """Saves vectors, scales and statistics of length N; nothing of N x N."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+        teacher_scale: Tensor,
+        kl: Divergence,
+        chunk_size: int,
+        ranks: Ranks,
+    ) -> Tensor:
+        columns, teacher_columns = ranks.gather(text), ranks.gather(teacher_text)
+        tensors = (image, columns, logit_scale, teacher_image, teacher_columns, teacher_scale)
+        with torch.autocast(image.device.type, enabled=False):
+            walk = _Pass(tensors, chunk_size, ranks)
+            norms = [_Norms(walk.student), _Norms(walk.teacher)]
+            for tiles in walk:
+                for norm, tile in zip(norms, tiles, strict=True):
+                    norm.add(tile)
+            (rows, cols), (teacher_rows, teacher_cols) = (norm.result() for norm in norms)
+            of_rows = walk.student.zeros(len(image))
+            of_columns = walk.student.zeros(len(columns))
+            for tile, other in walk:
+                terms = _terms(tile, other, rows[tile.rows, None], teacher_rows[tile.rows, None])
+                of_rows[tile.rows] += _divergence(*terms, kl).sum(1)
+                terms = _terms(tile, other, cols[tile.columns], teacher_cols[tile.columns])
+                of_columns[tile.columns] += _divergence(*terms, kl).sum(0)
+            ranks.sum_(of_columns)
+            total = ranks.sum_(of_rows.sum() + of_columns[ranks.own].sum())
+            loss = total / (2 * max(len(columns), 1))
+        statistics = (rows, cols, teacher_rows, teacher_cols, of_rows, of_columns)
+        ctx.save_for_backward(*tensors, *statistics)
+        ctx.kl, ctx.chunk_size, ctx.ranks = kl, chunk_size, ranks
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, statistics = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        rows, cols, teacher_rows, teacher_cols, of_rows, of_columns = statistics
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            walk = _Pass(tensors, ctx.chunk_size, ctx.ranks)
+            grads = Gradients(walk.student, ctx.needs_input_grad)
+            for tile, other in walk:
+                terms = _terms(tile, other, rows[tile.rows, None], teacher_rows[tile.rows, None])
+                grad = _slope(*terms, of_rows[tile.rows, None], ctx.kl)
+                terms = _terms(tile, other, cols[tile.columns], teacher_cols[tile.columns])
+                grad += _slope(*terms, of_columns[tile.columns], ctx.kl)
+                grads.add(tile, grad)
+            factor = grad_loss / (2 * max(len(tensors[1]), 1))
+            return *grads.result(factor), *[None] * 6
+
+
+def _terms(
+    tile: Tile, other: Tile, norm: Tensor, other_norm: Tensor
+) -> tuple[Float[Tensor, "R C"], Float[Tensor, "R C"]]:
+    """Return the log-probabilities of student and teacher, in the tiles' second buffers."""
+    student = torch.sub(tile.scores, norm, out=tile.spare)
+    return student, torch.sub(other.scores, other_norm, out=other.spare)
 
 
 def _divergence(student: Tensor, teacher: Tensor, kl: Divergence) -> Tensor:
-    """Return the terms of a divergence from logarithms of probabilities."""
-    weights = teacher if kl == "forward" else student
-    terms = weights.exp() * (teacher - student)
-    return terms if kl == "forward" else -terms
+    """Return what each entry adds to its distribution's divergence."""
+    p, q = (teacher, student) if kl == "forward" else (student, teacher)
+    return p.exp().mul_(p - q)
 
 
-def _precise(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-class _Gathered(torch.autograd.Function):
-    """The vectors of all ranks; a rank's get the gradients that all ranks have for them."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.gather(own).clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        total = ctx.ranks.sum_(grad.contiguous().clone())
-        return total[ctx.ranks.own], None
+def _slope(student: Tensor, teacher: Tensor, total: Tensor, kl: Divergence) -> Tensor:
+    """Return the derivative of a distribution's divergence by each of the student's scores."""
+    if kl == "forward":
+        return student.exp().sub_(teacher.exp())
+    return student.exp().mul_(student - teacher - total)

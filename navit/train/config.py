@@ -43,7 +43,7 @@ class TrainConfig:
     """Side in patches the learned grid of `init` is resized to, corners aligned as ViT does to
     fine-tune at another resolution (arXiv:2010.11929, section 3.2); None leaves it as it is."""
     teacher: Path | None = None
-    """A trained model to agree with (FlexiViT, section 3.3): a run folder, one of its checkpoints,
+    """A trained model to agree with (FlexiViT, section 3.5): a run folder, one of its checkpoints,
     or a folder of ``save_pretrained``. It may be larger, and of another patch size, than the
     student, which starts from its weights where `init` names it too."""
     distill_kl: Divergence = "forward"
@@ -54,9 +54,10 @@ class TrainConfig:
     distill_temperature: float = 1.0
     """Divides the logits of both classifiers; similarities of pairs have their own multipliers."""
     freeze: tuple[Tower, ...] = ()
-    """Towers that keep their weights, their projection to the common space included: "text" is
-    FlexiViT's FlexiLiT, "vision" with "classify" a linear probe. (MFU counts their backward pass
-    all the same.)"""
+    """Towers that keep the weights of `init`; their projections to the common space learn on. With
+    "text" `init` must be a CLIP, and the run starts from all of it: FlexiViT's FlexiLiT. "vision"
+    with "classify" is a linear probe. (MFU counts a frozen tower's backward pass all the same, and
+    not a teacher's forward pass.)"""
     shards: tuple[str, ...] = ()
     """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing.
     To classify also a folder with one subfolder a class."""
@@ -145,6 +146,11 @@ class TrainConfig:
             raise ValueError(
                 "compile needs parallel.strategy 'ddp' or 'auto': FSDP2 gathers weights by hooks "
                 "inside the towers, which one graph cannot hold. Leave out one of the two."
+            )
+        if self.freeze and self.init is None:
+            raise ValueError(
+                f"freeze keeps trained weights, which init must name; got {self.freeze} without "
+                "init. Give --init."
             )
         if self.freeze and self.task == "contrastive" and {"vision", "text"} <= set(self.freeze):
             raise ValueError("freeze must leave one of the towers to learn; got both.")

@@ -20,7 +20,8 @@ def start_of_tower(config: TrainConfig) -> tuple[NaViTConfig, dict[str, Tensor] 
     """
     ours, weights = replace(config.model.vision, patch_size=config.packer.patch_size), None
     if config.init is not None:
-        tower = _initial_tower(config)
+        model = _initial(config)
+        tower = model if isinstance(model, NaViT) else model.vision
         # What follows from the run and not from the weights stays the run's.
         ours = replace(
             tower.config,
@@ -41,26 +42,50 @@ def start_of_tower(config: TrainConfig) -> tuple[NaViTConfig, dict[str, Tensor] 
     return ours, weights
 
 
-def _initial_tower(config: TrainConfig) -> NaViT:
-    """Read the tower of ``init``, made flexible and its grid resized where that is asked for."""
+def start_of_pair(config: TrainConfig) -> CLIP | None:
+    """Return the CLIP a run with a frozen text tower starts from; None where it has none.
+
+    Raises:
+        ValueError: If ``init`` holds no CLIP, or one whose captions are shorter than the run's.
+    """
+    if "text" not in config.freeze:
+        return None
+    model = _initial(config)
+    if not isinstance(model, CLIP):
+        raise ValueError(
+            f"freeze 'text' needs a CLIP in init, for its text tower; {config.init} holds a "
+            f"{type(model).__name__}."
+        )
+    longest = model.config.text.max_tokens
+    if longest < config.packer.max_text_tokens:
+        raise ValueError(
+            f"packer.max_text_tokens must be at most that of the frozen text tower ({longest}); "
+            f"got {config.packer.max_text_tokens}."
+        )
+    return model
+
+
+def _initial(config: TrainConfig) -> CLIP | Classifier | NaViT:
+    """Read ``init``, its tower made flexible and its grid resized where that is asked for."""
     from navit.train.restore import load_model  # restoring a run makes tasks
 
     assert config.init is not None, "the caller checks it"
     model = load_model(config.init)
     tower = model if isinstance(model, NaViT) else model.vision
     buffer, patch_size = config.model.vision.patch_buffer, config.packer.patch_size
+    own = tower.config.patch_size
+    flexible = tower.config.patch_buffer is not None
     if buffer is not None and tower.config.patch_buffer != buffer:
-        tower = tower.flexible(buffer)
+        model, flexible = model.flexible(buffer), True
     if config.init_grid is not None:
-        tower = tower.at_grid(config.init_grid, "corners")
-    if tower.config.patch_buffer is None and tower.config.patch_size != patch_size:
+        model = model.at_grid(config.init_grid, "corners")
+    if not flexible and own != patch_size:
         raise ValueError(
-            f"packer.patch_size must be that of the weights in {config.init} "
-            f"({tower.config.patch_size}); got {patch_size}. Set --packer.patch-size "
-            f"{tower.config.patch_size}, or make the tower flexible: --model.vision.patch-buffer "
-            "32."
+            f"packer.patch_size must be that of the weights in {config.init} ({own}); got "
+            f"{patch_size}. Set --packer.patch-size {own}, or make the tower flexible: "
+            "--model.vision.patch-buffer 32."
         )
-    return tower
+    return model
 
 
 def start_of_scores(config: TrainConfig) -> CLIPConfig:
@@ -76,10 +101,6 @@ def start_of_scores(config: TrainConfig) -> CLIPConfig:
 
 
 def freeze(model: CLIP | Classifier, towers: Sequence[Tower]) -> None:
-    """Keep the weights of towers, with their projections to the common space, as they are."""
+    """Keep the weights of towers as they are."""
     for name in towers:
-        projections = {"vision": "image_proj", "text": "text_proj"}
-        for part in (name, projections[name]):
-            module = getattr(model, part, None)
-            if module is not None:
-                module.requires_grad_(requires_grad=False)
+        getattr(model, name).requires_grad_(requires_grad=False)

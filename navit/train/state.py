@@ -122,11 +122,13 @@ class TrainState:
                 f"{path} was trained with another tokenizer (hash {state['tokenizer']}); got "
                 f"{tokenizer.hash}. Restore tokenizer.json of the run folder."
             )
-        digest = self.task.files().get(TEACHER_FILE)
-        if digest is not None and (path / TEACHER_FILE).read_text() != digest:
+        stored = path / TEACHER_FILE
+        digest = stored.read_text() if stored.exists() else None
+        if digest != self.task.files().get(TEACHER_FILE):
             raise ValueError(
-                f"{path} was trained with another teacher than {self.config.teacher}: its weights "
-                "differ. Give the teacher of the run."
+                f"a run continues with its own teacher, and {path} has another teacher than "
+                f"{self.config.teacher}: the weights differ, or one of the two has none. Set "
+                "--teacher as in the run's config.json."
             )
         optimizer = optimizer_targets(self.optimizers, stored_tensors(path).get("optimizer", {}))
         groups = {"model": self.model.state_dict(), "optimizer": optimizer}

@@ -32,8 +32,8 @@ from navit.train.config import TrainConfig
 from navit.train.data import FolderData, StreamData, TrainData
 from navit.train.ranks import World, alone
 from navit.train.setup import is_folder_run, tokenizer_of_all
-from navit.train.start import freeze, start_of_scores, start_of_tower
-from navit.train.teacher import TEACHER_FILE, Teacher, tokenizer_of_teacher
+from navit.train.start import freeze, start_of_pair, start_of_scores, start_of_tower
+from navit.train.teacher import TEACHER_FILE, Teacher, check_tokenizer, given_tokenizer
 from packer.batch import PackedBatch
 from packer.captions import CaptionTokenizer
 from packer.folder import ImageFolder
@@ -115,24 +115,34 @@ class ContrastiveTask:
     ) -> None:
         self.run, self.train_shards, self.world = run, train_shards, world
         if config.tokenizer is None:
-            config = replace(config, tokenizer=tokenizer_of_teacher(config))
+            config = replace(config, tokenizer=given_tokenizer(config))
         self.tokenizer = tokenizer_of_all(config, run, train_shards, world)
         text = replace(
             config.model.text,
             vocab_size=self.tokenizer.vocab_size,
             max_tokens=config.packer.max_text_tokens,
         )
-        if "text" in config.freeze:
-            text = replace(text, drop_path=0.0)
         vision, weights = start_of_tower(config)
         model = replace(start_of_scores(config), vision=vision, text=text)
+        pair = start_of_pair(config)
+        if pair is not None:
+            check_tokenizer(pair, config.init, self.tokenizer)
+            own = replace(pair.config.text, attention=text.attention, drop_path=0.0)
+            bias = pair.config.init_logit_bias
+            if bias is None:  # a sigmoid loss needs one, and starts it as it would alone
+                bias = model.init_logit_bias
+            model = replace(pair.config, vision=vision, text=own, init_logit_bias=bias)
         self.config = replace(config, model=model)
         torch.manual_seed(config.seed)
         self.model = CLIP(self.config.model)
-        if weights is not None:
+        if pair is not None:
+            self.model.load_state_dict({**self.model.state_dict(), **pair.state_dict()})
+        elif weights is not None:
             self.model.vision.load_state_dict(weights)
         freeze(self.model, config.freeze)
         self.teacher = None if config.teacher is None else Teacher(self.config, world.device)
+        if self.teacher is not None:
+            check_tokenizer(self.teacher.model, config.teacher, self.tokenizer)
 
     @property
     def source(self) -> str:
@@ -162,6 +172,7 @@ class ContrastiveTask:
                 *(output.image, output.text, output.logit_scale),
                 *(taught.image, taught.text, taught.logit_scale),
                 kl=config.distill_kl,
+                chunk_size=config.loss_chunk,
                 group=group,
             )
         return mixed_loss(agreed, own, config.distill_weight)
@@ -263,7 +274,10 @@ class ClassifyTask:
         if weights is not None:
             self.model.vision.load_state_dict(weights)
         freeze(self.model, config.freeze)
-        self.teacher = None if config.teacher is None else Teacher(self.config, world.device)
+        names = None if self.folder is None else self.folder.classes
+        self.teacher = None
+        if config.teacher is not None:
+            self.teacher = Teacher(self.config, world.device, names)
 
     def make_data(self, shards: Sequence[str], stored: Mapping[str, Any] | None) -> TrainData:
         """Stream the labelled images of the shards, or plan the folder's epochs."""

@@ -4,7 +4,8 @@ It sees the student's own images. Where it takes patches of one size alone and t
 the images are put together again and cut anew (`packer.recut`), in the training process: the loader
 knows nothing of teachers, and beside a teacher's forward pass the copy costs little.
 
-Source: FlexiViT (arXiv:2212.08013), section 3.3 "Knowledge distillation".
+Source: FlexiViT (arXiv:2212.08013), section 3.5 "Connection to knowledge
+distillation".
 """
 
 import hashlib
@@ -21,10 +22,12 @@ from navit.model.clip import CLIPOutput
 from navit.train.config import TrainConfig
 from navit.train.setup import resolve_autocast
 from packer.batch import PackedBatch
+from packer.captions import CaptionTokenizer
 from packer.plan.drop import NoDrop
 from packer.plan.patch_size import OnePatchSize
 from packer.recut import recut
 
+TOKENIZER_FILE = "tokenizer.json"
 TEACHER_FILE = "teacher.sha256"
 """Digest of the teacher's weights, beside a checkpoint's."""
 
@@ -36,14 +39,17 @@ class Teacher:
         config: The student's run; `teacher` names a run folder, one of its checkpoints, or a folder
             of ``save_pretrained``.
         device: Where it answers.
+        classes: Names of the run's classes, in the order of their labels, where it knows them.
 
     Raises:
         ValueError: If it is of another kind than the student's task, has other classes, or cannot
             see the images as the run packs them.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.model = _load(config)
+    def __init__(
+        self, config: TrainConfig, device: torch.device, classes: Sequence[str] | None = None
+    ) -> None:
+        self.model = _load(config, classes)
         self.digest = _digest(self.model)
         self.model.to(device).eval().requires_grad_(requires_grad=False)
         self.device, self.autocast_dtype = device, resolve_autocast(config, device)
@@ -74,19 +80,57 @@ class Teacher:
         return recut(batch, config.patch_size)
 
 
-def tokenizer_of_teacher(config: TrainConfig) -> Path | None:
-    """Return the tokenizer a teacher was trained with, where its folder has one."""
-    if config.teacher is None or not (config.teacher / "tokenizer.json").is_file():
-        return None
-    return config.teacher / "tokenizer.json"
+def given_tokenizer(config: TrainConfig) -> Path | None:
+    """Return the tokenizer beside a teacher, or beside the CLIP a run starts from; None: neither.
+
+    A run that reads texts as another model does must cut them into the same tokens.
+    """
+    frozen = config.init if "text" in config.freeze else None
+    for folder in (config.teacher, frozen):
+        if folder is not None and (folder / TOKENIZER_FILE).is_file():
+            return folder / TOKENIZER_FILE
+    return None
 
 
-def _load(config: TrainConfig) -> CLIP | Classifier:
+def check_tokenizer(
+    model: CLIP | Classifier, folder: Path | None, tokenizer: CaptionTokenizer
+) -> None:
+    """Refuse a run whose tokens are not those of a model it takes over or learns from.
+
+    Raises:
+        ValueError: If the tokenizer beside the model is another one, or, where none is, if the
+            vocabulary has another size.
+    """
+    assert folder is not None, "the model comes from it"
+    assert isinstance(model, CLIP), "a model with texts"
+    beside = folder / TOKENIZER_FILE
+    if beside.is_file():
+        same = CaptionTokenizer.from_file(beside).hash == tokenizer.hash
+    else:
+        same = model.config.text.vocab_size == tokenizer.vocab_size
+    if not same:
+        raise ValueError(
+            f"the run must read texts as the model in {folder} does, and has another tokenizer. "
+            "Give --tokenizer with that model's tokenizer.json."
+        )
+
+
+def _load(config: TrainConfig, classes: Sequence[str] | None) -> CLIP | Classifier:
     """Read the teacher and check that it can teach this run."""
-    from navit.train.restore import load_model  # restoring a run makes tasks, which make teachers
+    from navit.train.restore import load_model, load_trained  # they make tasks, which make teachers
 
     assert config.teacher is not None, "the caller checks it"
-    model = load_model(config.teacher)
+    try:
+        trained = load_trained(config.teacher)
+    except FileNotFoundError:
+        model, known = load_model(config.teacher), None
+    else:
+        model, known = trained.model, trained.classes
+    if known is not None and classes is not None and tuple(known) != tuple(classes):
+        raise ValueError(
+            f"the teacher must have the run's classes in their order; {config.teacher} was trained "
+            "on other subfolders."
+        )
     wanted = CLIP if config.task == "contrastive" else Classifier
     if isinstance(model, NaViT) or not isinstance(model, wanted):
         raise ValueError(
@@ -98,11 +142,11 @@ def _load(config: TrainConfig) -> CLIP | Classifier:
             f"the teacher must have the run's {config.num_classes} classes; it has "
             f"{model.config.num_classes}."
         )
-    if isinstance(model, CLIP) and model.config.text.vocab_size != config.model.text.vocab_size:
+    longest = config.packer.max_text_tokens
+    if isinstance(model, CLIP) and model.config.text.max_tokens < longest:
         raise ValueError(
-            f"the teacher must read the run's tokens: a vocabulary of "
-            f"{config.model.text.vocab_size}; it has {model.config.text.vocab_size}. Give "
-            "--tokenizer with the teacher's tokenizer.json."
+            f"packer.max_text_tokens must be at most the teacher's {model.config.text.max_tokens}; "
+            f"got {longest}."
         )
     tower, packer = model.vision.config, config.packer
     one = isinstance(packer.patch_sizes, OnePatchSize) and packer.patch_size == tower.patch_size

@@ -106,7 +106,6 @@ def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
         ),
         loss_chunk=2,
         precision="fp32",
-        freeze=case.frozen,
         distill_weight=0.5,
         seed=5,
     )
@@ -115,7 +114,10 @@ def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
         tokenizer.save(f"{run}/given.json")
         config = replace(config, tokenizer=Path(run, "given.json"))
         if case.taught:
-            config = replace(config, teacher=save_teacher(config, Path(run, "teacher")))
+            config = replace(config, teacher=save_model(config, Path(run, "teacher"), width=12))
+        if case.frozen:
+            init = save_model(config, Path(run, "init"), width=8)
+            config = replace(config, init=init, freeze=case.frozen)
         task: ContrastiveTask | ClassifyTask
         if config.task == "classify":
             task = ClassifyTask(config, ["none.tar"], alone(CPU))
@@ -132,18 +134,18 @@ def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
     return task
 
 
-def save_teacher(config: TrainConfig, folder: Path) -> Path:
-    """Write a teacher of the task, wider than the student."""
+def save_model(config: TrainConfig, folder: Path, *, width: int) -> Path:
+    """Write a model of the task with other weights."""
     torch.manual_seed(6)
-    vision = replace(config.model.vision, width=12, patch_size=PATCH_SIZE)
+    vision = replace(config.model.vision, width=width, patch_size=PATCH_SIZE)
     if config.task == "classify":
         model: Any = Classifier(ClassifierConfig(vision, NUM_CLASSES))
         torch.nn.init.normal_(model.head.weight)
     else:
         assert config.tokenizer is not None, "pairs have one"
         vocab_size = CaptionTokenizer.from_file(config.tokenizer).vocab_size
-        text = replace(config.model.text, width=12, vocab_size=vocab_size)
-        model = CLIP(replace(config.model, vision=vision, text=text, embed_dim=10))
+        text = replace(config.model.text, width=width, vocab_size=vocab_size)
+        model = CLIP(replace(config.model, vision=vision, text=text))
     model.save_pretrained(folder)
     return folder
 

@@ -100,3 +100,18 @@ def test_another_teacher_than_the_runs_is_refused(
     done = student(shards, run, other, "--resume", steps=6, init=teacher)
     assert done.returncode == 2
     assert "another teacher" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_neither_loses_its_teacher_nor_is_given_one(
+    taught: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    shards, teacher = taught
+    with_one, without = tmp_path / "with", tmp_path / "without"
+    none = ("--teacher", "None")
+    assert student(shards, with_one, teacher, steps=4, init=teacher).returncode == 0
+    assert student(shards, without, teacher, *none, steps=4, init=teacher).returncode == 0
+    for run, options in ((with_one, none), (without, ())):
+        done = student(shards, run, teacher, "--resume", *options, steps=6, init=teacher)
+        assert done.returncode == 2
+        assert "one of the two has none" in done.stderr

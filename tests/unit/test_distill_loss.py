@@ -99,3 +99,37 @@ def test_answers_to_other_questions_are_refused() -> None:
     pair, other = draw(2, 3, seed=0), draw(3, 3, seed=0)
     with pytest.raises(ValueError, match=r"same pairs; got \[2, 2, 3, 3\]"):
         contrastive_distillation(pair, pair, torch.ones(()), other, other, torch.ones(()))
+
+
+@pytest.mark.parametrize("kl", KL)
+@settings(deadline=None, max_examples=15)
+@given(count=st.integers(1, 9), chunk_size=st.integers(1, 10), seed=st.integers(0, 99))
+def test_the_size_of_a_tile_changes_nothing(
+    kl: Divergence, count: int, chunk_size: int, seed: int
+) -> None:
+    image, text = (draw(count, 4, seed=seed + n).requires_grad_() for n in (0, 1))
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    taught = draw(count, 6, seed=seed + 2), draw(count, 6, seed=seed + 3), torch.tensor(2.0)
+    whole, tiled = (
+        contrastive_distillation(image, text, scale, *taught, kl=kl, chunk_size=size)
+        for size in (100, chunk_size)
+    )
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-10)
+    grads = [torch.autograd.grad(loss, (image, text, scale)) for loss in (whole, tiled)]
+    for plain, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kl", KL)
+def test_half_precision_vectors_at_a_scale_of_100_are_compared_in_float32(kl: Divergence) -> None:
+    own = [F.normalize(draw(40, 8, seed=n), dim=1).bfloat16().requires_grad_() for n in (0, 1)]
+    taught = [F.normalize(draw(40, 8, seed=n), dim=1).bfloat16() for n in (2, 3)]
+    scale = torch.tensor(100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contrastive_distillation(*own, scale, *taught, scale, kl=kl, chunk_size=16)
+    mine, theirs = (100 * x.double() @ y.double().T for x, y in (own, taught))
+    expected = (dense(mine, theirs, kl) + dense(mine.T, theirs.T, kl)) / 80
+
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(found, own))

@@ -14,8 +14,10 @@ from navit.train.config import TrainConfig
 from navit.train.ema import Ema
 from navit.train.optim import OptimConfig, build_optimizers
 from navit.train.ranks import alone
-from navit.train.start import start_of_tower
+from navit.train.start import start_of_pair, start_of_tower
 from navit.train.step import gradients
+from navit.train.teacher import check_tokenizer, given_tokenizer
+from packer.captions import CaptionTokenizer
 from packer.config import PackerConfig
 from packer.plan.patch_size import RandomPatchSize
 from tests.helpers.batches import pack_images, random_images
@@ -76,8 +78,8 @@ def test_patches_of_other_sizes_need_a_flexible_tower(weights: tuple[Path, NaViT
 @pytest.mark.parametrize(
     ("case", "frozen", "learning"),
     [
-        (Case("softmax", (), frozen=("text",)), ("text.", "text_proj."), "vision."),
-        (Case("sigmoid", (), frozen=("vision",)), ("vision.", "image_proj."), "text."),
+        (Case("softmax", (), frozen=("text",)), ("text.",), "vision."),
+        (Case("sigmoid", (), frozen=("vision",)), ("vision.",), "text."),
         (Case("labels", (), frozen=("vision",)), ("vision.",), "head."),
     ],
 )
@@ -111,10 +113,34 @@ def test_a_frozen_tower_drops_no_paths() -> None:
     assert frozen.config.text.drop_path == 0.5
 
 
-def test_wrong_freezing_is_refused() -> None:
+def test_a_frozen_text_tower_brings_its_whole_clip(tmp_path: Path) -> None:
+    """FlexiLiT: a random text tower that never learns would teach nothing."""
+    plain = make_task(Case("softmax", ()))
+    frozen = make_task(Case("softmax", (), frozen=("text",)))
+    for part in ("text.", "text_proj.", "image_proj.", "vision."):
+        name = next(name for name, _ in frozen.model.named_parameters() if name.startswith(part))
+        ours, theirs = (dict(task.model.named_parameters())[name] for task in (frozen, plain))
+        assert not torch.equal(ours, theirs), "the weights are those of init"
+    assert isinstance(frozen.model, CLIP)
+    frozen.model.save_pretrained(tmp_path / "clip")
+    config = replace(frozen.config, init=tmp_path / "clip")
+    other = CaptionTokenizer.train(["quite", "other", "captions"], 290)
+    with pytest.raises(ValueError, match="has another tokenizer"):
+        check_tokenizer(frozen.model, config.init, other)
+    other.save(tmp_path / "clip" / "tokenizer.json")
+    check_tokenizer(frozen.model, config.init, other)
+    assert given_tokenizer(config) == tmp_path / "clip" / "tokenizer.json"
+
+
+def test_wrong_freezing_is_refused(weights: tuple[Path, NaViT]) -> None:
+    folder, _ = weights
+    with pytest.raises(ValueError, match="without init"):
+        TrainConfig(freeze=("vision",))
     with pytest.raises(ValueError, match="must leave one of the towers"):
-        TrainConfig(freeze=("vision", "text"))
+        TrainConfig(freeze=("vision", "text"), init=folder)
     with pytest.raises(ValueError, match="needs a text tower"):
-        replace(TrainConfig(task="classify"), freeze=("text",))
+        TrainConfig(task="classify", freeze=("text",), init=folder)
+    with pytest.raises(ValueError, match=r"needs a CLIP in init.*holds a NaViT"):
+        start_of_pair(run_of(folder, freeze=("text",)))
     with pytest.raises(ValueError, match=r"init_grid.*init given; got 4 and None"):
         TrainConfig(init_grid=4)
