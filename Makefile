@@ -32,7 +32,7 @@ test: setup ## the fast tests (no GPU, no network)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: setup ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	TEST_PROFILE=all $(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -29,7 +29,9 @@ def typecheck(function: Any) -> Any:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 settings.register_profile(
-    "dev", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+    "dev", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+settings.register_profile("all", settings.get_profile("dev"), max_examples=100)  # make test-all
+_profile = os.environ.get("TEST_PROFILE")
+settings.load_profile(_profile or ("ci" if os.environ.get("CI") else "dev"))

@@ -10,7 +10,6 @@ from torch import Tensor
 from navit.dvt.resample import Counts, Grid
 from navit.model.attention import order_by_length, to_device
 from navit.model.config import AttentionBackend
-from navit.model.flexi_embed import FlexiPatchEmbed
 from navit.model.vision import NaViT, gather_positions, plan_tokens
 from packer.batch import PackedBatch
 
@@ -51,8 +50,6 @@ def token_places(starts: Counts, lengths: Counts) -> Counts:
 def embed_stage(tower: NaViT, batch: PackedBatch) -> EmbeddedStage:
     """Embed patches and positions, as `NaViT.forward` does.
 
-    Reads the grids back to the host, hence waits for the device.
-
     Raises:
         ValueError: If tokens of an image were dropped, or the patches do not fit the tower.
     """
@@ -73,20 +70,14 @@ def embed_stage(tower: NaViT, batch: PackedBatch) -> EmbeddedStage:
             )
         starts[image] = start
     positions, sizes = gather_positions(batch, plan)
-    if isinstance(tower.patch_embed, FlexiPatchEmbed):
-        x = tower.patch_embed(batch, plan.token_index, plan.patches)
-    else:
-        x = tower.patch_embed(batch.patches.flatten(0, 1).index_select(0, plan.token_index))
-    x = x + tower.pos_embed(positions, sizes)
+    x = tower.embed_patches(batch, plan) + tower.pos_embed(positions, sizes)
     return EmbeddedStage(x, starts, grids, plan.attention.backend)
 
 
 def batch_grids(batch: PackedBatch) -> tuple[Grid, ...]:
     """Return (rows, cols) of each image, in the order of the batch's keys."""
-    index, sizes = (x.cpu().flatten(0, 1).numpy() for x in (batch.image_index, batch.grid_sizes))
-    grids = np.zeros((batch.num_images, 2), dtype=np.int64)
-    grids[index[index >= 0]] = sizes[index >= 0]
-    return tuple((int(rows), int(cols)) for rows, cols in grids)
+    found = dict(zip(batch.segment_images, batch.segment_grids, strict=True))
+    return tuple(found[image] for image in range(batch.num_images))
 
 
 def check_stages(batches: Sequence[PackedBatch], num_stages: int) -> None:

@@ -266,11 +266,11 @@ class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
         dtype = self.norm.weight.dtype
         plan = plan_tokens(batch, self.config, dtype=dtype, compiled=self.is_compiled)
         positions, grids = gather_positions(batch, plan)
-        if not isinstance(self.patch_embed, PatchEmbed):
-            # Outside of a compiled graph, which would be made anew for each set of sizes or grids.
-            patches = self.patch_embed(batch, plan.token_index, plan.patches)
-        else:
+        if isinstance(self.patch_embed, PatchEmbed):  # part of what `encode` does
             patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
+        else:
+            # Outside of a compiled graph, which would be made anew for each set of sizes or grids.
+            patches = self.embed_patches(batch, plan)
         longer = plan.attention if plan.prefix is None else plan.prefix.attention
         encode = self.graph(plan.attention, longer)
         pooled, tokens = encode(patches, positions, grids, plan)
@@ -282,6 +282,15 @@ class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
             packed_positions=positions,
             packed_grids=grids,
         )
+
+    def embed_patches(self, batch: PackedBatch, plan: TokenPlan) -> Float[Tensor, "T D"]:
+        """Embed the real tokens of a batch, without their positions, in the plan's order."""
+        if isinstance(self.patch_embed, PatchEmbed):
+            patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
+            vectors: Tensor = self.patch_embed(patches)
+        else:
+            vectors = self.patch_embed(batch, plan.token_index, plan.patches)
+        return vectors
 
     def encode(
         self,

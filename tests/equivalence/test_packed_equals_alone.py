@@ -94,7 +94,7 @@ def assert_same(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("changes", CONFIGS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     count=st.integers(1, 9),
     seed=st.integers(0, 9999),
@@ -123,7 +123,7 @@ def test_every_vector_and_gradient_is_that_of_the_images_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=2, max_size=4, unique=True),
     count=st.integers(1, 9),

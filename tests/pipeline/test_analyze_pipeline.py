@@ -173,6 +173,7 @@ def test_images_are_spread_over_a_folder(photos: Path) -> None:
     assert len(list(read_items([str(photos)], 100))) == len(SIDES) + 1
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_how_many_images_a_batch_of_cka_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

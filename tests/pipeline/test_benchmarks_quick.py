@@ -28,7 +28,7 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
                 assert math.isfinite(value)
 
 
-SLOW = {"scale", "step", "loader"}
+SLOW = {"scale", "step", "loader", "flexi", "cascade", "vectors"}
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_a_stopped_run_goes_on_with_the_same_losses(shards: list[str], tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_fine_tuning_starts_from_weights_at_a_higher_resolution(
     shards: list[str], tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def as_folder(shard: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_with_one_subfolder_a_class_trains_stops_and_resumes(
     shards: list[str], tmp_path: Path
 ) -> None:

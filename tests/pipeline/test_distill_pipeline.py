@@ -57,6 +57,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_a_flexible_student_learns_from_a_fixed_run_and_goes_on_as_if_never_stopped(
     taught: tuple[list[str], Path], tmp_path: Path
 ) -> None:

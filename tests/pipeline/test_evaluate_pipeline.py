@@ -193,7 +193,7 @@ def prompts_top_1(world: World, image: Tensor) -> float:
     return share_above(scores, own[:, None] == torch.arange(3), 1)
 
 
-@pytest.mark.parametrize("is_flexible", [True, False])
+@pytest.mark.parametrize("is_flexible", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_patch_sizes_are_evaluated_as_images_alone_of_each_size_are(
     world: World, tmp_path: Path, is_flexible: bool
 ) -> None:

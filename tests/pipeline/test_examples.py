@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from examples import collate, dataset, huggingface_rows, open_clip_loss, plan_and_show
 from navit import NaViT, NaViTConfig
+from navit.model.classifier import Classifier, ClassifierConfig
 from packer import PackerConfig, PackingCollator, write_shards
 from tests.helpers.public_models import make_model
 
@@ -158,7 +159,7 @@ def test_the_readmes_snippets_run_in_their_order(
 ) -> None:
     readme = Path(__file__).parents[2] / "README.md"
     snippets = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 7
     pairs = encoded_pairs(10, broken=-1)
     samples = [{"image": image, "caption": caption} for image, caption in pairs]
     write_shards(samples, tmp_path / "shards" / "pairs-%05d.tar", samples_per_shard=5)
@@ -168,6 +169,8 @@ def test_the_readmes_snippets_run_in_their_order(
         "dataset": pairs,
         "sizes": [(64, 32 + 8 * index) for index in range(10)],
         "images": [image for image, _ in pairs],
+        "trained": NaViT(NaViTConfig.named("tiny", patch_size=16)),
+        "classifier": Classifier(ClassifierConfig(NaViTConfig.named("tiny", patch_size=16), 3)),
     }
     for snippet in snippets:
         exec(snippet, names)
@@ -175,6 +178,9 @@ def test_the_readmes_snippets_run_in_their_order(
     assert names["packed"].epoch == 1
     assert sum(batch.num_images for batch in names["packed"]) == 10
     assert names["vectors"].shape == (10, names["encoder"].config.width)
+    assert names["flexible"].config.patch_buffer == 32
+    assert names["answers"].logits.shape == (10, 3)
+    assert set(names["answers"].stages.tolist()) <= {0, 1, 2}
     assert names["stored"]["batches"] == 2
     assert len(names["stored"]["streams"]) == 2
 

@@ -280,6 +280,7 @@ PackedStream.__iter__ = broken
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_rank_that_cannot_go_on_ends_all_with_its_reason_and_whole_checkpoints(
     shards: list[str], tmp_path: Path
 ) -> None:
