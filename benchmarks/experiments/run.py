@@ -126,12 +126,19 @@ def finished(folder: Path, config: TrainConfig) -> ArmResult | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    if found["config"] != to_plain(config):
+    if not agrees(found["config"], to_plain(config)):
         raise ValueError(
             f"{path} must be of this run; it was made with other settings (budget, data or "
             "definition of the arm). Give another --folder, or remove that run."
         )
     return ArmResult.from_json(found["result"])
+
+
+def agrees(stored: Any, given: Any) -> bool:
+    """Whether settings are those stored; ones that did not exist then are passed over."""
+    if isinstance(stored, Mapping) and isinstance(given, Mapping):
+        return all(name in given and agrees(stored[name], given[name]) for name in stored)
+    return bool(stored == given)
 
 
 def run_arm(

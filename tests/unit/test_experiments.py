@@ -17,7 +17,7 @@ from benchmarks.experiments.__main__ import Options, jobs, main, resolve_budget
 from benchmarks.experiments.arms import EXPERIMENTS, Arm, Scale, arm_config, packing
 from benchmarks.experiments.budget import Samples, plan_run
 from benchmarks.experiments.data import DataSet, data_sets
-from benchmarks.experiments.run import ArmResult, Point
+from benchmarks.experiments.run import ArmResult, Point, agrees
 from benchmarks.experiments.summary import Spread, compute_to, format_table, summarise
 from navit.train.flops import STEP_OVER_FORWARD, image_flops, text_flops
 from packer.decode import read_size
@@ -181,6 +181,13 @@ def test_a_summary_is_what_was_computed_by_hand() -> None:
     table = format_table(experiment, "demo", runs)
     assert "| resolution sampling + drop | 70.0% ± 17.3% | +25.0% ± 7.1% |" in table
     assert "3.00 ± 1.41 (2 of 2 reached) | 4.00 ± 1.41 |" in table
+
+
+def test_a_stored_run_stays_one_of_its_settings_when_others_are_added() -> None:
+    stored = {"steps": 5, "packer": {"patch_size": 8}}
+    assert agrees(stored, {"steps": 5, "packer": {"patch_size": 8, "mixing": "x"}, "freeze": []})
+    assert not agrees(stored, {"steps": 6, "packer": {"patch_size": 8}})
+    assert not agrees(stored, {"steps": 5, "packer": {}})
 
 
 def test_squares_are_whole_images_of_the_side_asked_for(tmp_path: Path) -> None:
