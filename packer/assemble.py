@@ -81,6 +81,7 @@ def assemble(
     lengths: list[int] = []
     segment_images: list[int] = []
     segment_patch_sizes: list[int] = []
+    segment_grids: list[tuple[int, int]] = []
     for b, row in enumerate(rows):
         start = 0
         for slot, image in enumerate(row):
@@ -99,11 +100,13 @@ def assemble(
             segment_images.append(rank[id(image)])
             patch_sizes[b, slot] = plan.patch_size
             segment_patch_sizes.append(plan.patch_size)
+            segment_grids.append((plan.grid.rows, plan.grid.cols))
             start = stop
         if start < seq_len:
             lengths.append(seq_len - start)
             segment_images.append(-1)
             segment_patch_sizes.append(0)
+            segment_grids.append((0, 0))
     captioned = any(image.caption is not None for image in everyone)
     texts = tuple(image.caption or "" for image in images) if captioned else None
     captions = None
@@ -128,6 +131,7 @@ def assemble(
         segment_images=tuple(segment_images),
         patch_sizes=torch.from_numpy(patch_sizes) if mixed else None,
         segment_patch_sizes=tuple(segment_patch_sizes) if mixed else (),
+        segment_grids=tuple(segment_grids),
         keys=tuple(image.plan.key for image in images),
         texts=texts,
         captions=captions,

@@ -12,15 +12,21 @@ from navit.train.config import Tower, TrainConfig
 from packer.plan.patch_size import OnePatchSize
 
 
-def start_of_tower(config: TrainConfig) -> tuple[NaViTConfig, dict[str, Tensor] | None]:
+def start_of_tower(
+    config: TrainConfig, pair: CLIP | None = None
+) -> tuple[NaViTConfig, dict[str, Tensor] | None]:
     """Return the image tower's configuration and, with ``init``, the weights it starts from.
+
+    Args:
+        config: The run.
+        pair: What `start_of_pair` has read of ``init``.
 
     Raises:
         ValueError: If the tower does not take patches of the packer's sizes.
     """
     ours, weights = replace(config.model.vision, patch_size=config.packer.patch_size), None
     if config.init is not None:
-        model = _initial(config)
+        model = _initial(config) if pair is None else pair
         tower = model if isinstance(model, NaViT) else model.vision
         # What follows from the run and not from the weights stays the run's.
         ours = replace(

@@ -122,9 +122,9 @@ class ContrastiveTask:
             vocab_size=self.tokenizer.vocab_size,
             max_tokens=config.packer.max_text_tokens,
         )
-        vision, weights = start_of_tower(config)
-        model = replace(start_of_scores(config), vision=vision, text=text)
         pair = start_of_pair(config)
+        vision, weights = start_of_tower(config, pair)
+        model = replace(start_of_scores(config), vision=vision, text=text)
         if pair is not None:
             check_tokenizer(pair, config.init, self.tokenizer)
             own = replace(pair.config.text, attention=text.attention, drop_path=0.0)

@@ -4,8 +4,7 @@ It sees the student's own images. Where it takes patches of one size alone and t
 the images are put together again and cut anew (`packer.recut`), in the training process: the loader
 knows nothing of teachers, and beside a teacher's forward pass the copy costs little.
 
-Source: FlexiViT (arXiv:2212.08013), section 3.5 "Connection to knowledge
-distillation".
+Source: FlexiViT (arXiv:2212.08013), section 3.5 "Connection to knowledge distillation".
 """
 
 import hashlib

@@ -4,6 +4,7 @@ Sizes are drawn where crop and resolution are known, so that size and resolution
 budget: an image of many pixels gets a large patch before it would lose any of them.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,35 @@ class OnePatchSize:
     """Give every image patches of `PackerConfig.patch_size`."""
 
 
+class _Drawn(ABC):
+    """What the ways to draw a size share."""
+
+    sizes: tuple[int, ...]
+    within_budget: bool
+
+    @abstractmethod
+    def shares(self, images_seen: int = 0) -> tuple[float, ...]:
+        """Return the probability of each size before the budget is looked at; their sum is 1."""
+
+    def choose(
+        self,
+        draw: int,
+        size: ImageSize,
+        side: float | None,
+        max_tokens: int,
+        *,
+        policy: ResizePolicy = "shrink_only",
+        images_seen: int = 0,
+    ) -> int:
+        """Return an image's patch size in pixels; arguments as for `first_fitting`."""
+        first = 0
+        if self.within_budget:
+            first = first_fitting(self.sizes, size, side, max_tokens, policy)
+        return choose_patch_size(self.sizes, self.shares(images_seen), draw, first)
+
+
 @dataclass(frozen=True)
-class RandomPatchSize:
+class RandomPatchSize(_Drawn):
     """Draw each image's patch size.
 
     Source: FlexiViT (arXiv:2212.08013), which draws one size for a whole step. Drawing it for each
@@ -49,25 +77,9 @@ class RandomPatchSize:
         """Return the probability of each size before the budget is looked at; their sum is 1."""
         return _shares(self.weights or (1.0,) * len(self.sizes))
 
-    def choose(
-        self,
-        draw: int,
-        size: ImageSize,
-        side: float | None,
-        max_tokens: int,
-        *,
-        policy: ResizePolicy = "shrink_only",
-        images_seen: int = 0,
-    ) -> int:
-        """Return an image's patch size in pixels; arguments as for `first_fitting`."""
-        first = 0
-        if self.within_budget:
-            first = first_fitting(self.sizes, size, side, max_tokens, policy)
-        return choose_patch_size(self.sizes, self.shares(), draw, first)
-
 
 @dataclass(frozen=True)
-class ScheduledPatchSize:
+class ScheduledPatchSize(_Drawn):
     """Draw each image's patch size from shares that move with the number of images seen.
 
     The shares go in a straight line from those of ``first`` to those of ``last`` and stay there: a
@@ -100,22 +112,6 @@ class ScheduledPatchSize:
         t = min(images_seen / self.images, 1.0)
         pairs = zip(_shares(self.first), _shares(self.last), strict=True)
         return tuple((1 - t) * first + t * last for first, last in pairs)
-
-    def choose(
-        self,
-        draw: int,
-        size: ImageSize,
-        side: float | None,
-        max_tokens: int,
-        *,
-        policy: ResizePolicy = "shrink_only",
-        images_seen: int = 0,
-    ) -> int:
-        """Return an image's patch size in pixels; arguments as for `first_fitting`."""
-        first = 0
-        if self.within_budget:
-            first = first_fitting(self.sizes, size, side, max_tokens, policy)
-        return choose_patch_size(self.sizes, self.shares(images_seen), draw, first)
 
 
 PatchSizes = OnePatchSize | RandomPatchSize | ScheduledPatchSize
