@@ -9,7 +9,7 @@ import tyro
 
 
 def train(args: Sequence[str]) -> int:
-    """Train on packed images: `navit train [demo | pairs | classify] [options]`."""
+    """Train on packed images: `navit train [demo | pairs | classify | masked] [options]`."""
     from navit.train.command import run_train
     from navit.train.config import PRESETS
 

@@ -23,7 +23,7 @@ Ref = tuple[int, int, int]
 Place = tuple[int, int]
 """Where a sample's bytes are: (shard, byte offset in the shard)."""
 
-Need = Literal["caption", "label"] | None
+Need = Literal["caption", "label", "image"] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,7 +226,7 @@ def sample_from_raw(
     raw: RawSample,
     *,
     config: PackerConfig,
-    need: Literal["caption", "label"] | None = None,
+    need: Literal["caption", "label", "image"] | None = None,
     on_problem: Problem | None = None,
 ) -> dict[str, Any]:
     """Turn members into a sample: ``key``, ``image`` (bytes), ``caption`` (txt), ``label`` (cls).
@@ -235,7 +235,7 @@ def sample_from_raw(
         raw: What `iter_shard` read.
         config: Its ``missing_caption`` says whether a missing or empty caption skips the sample.
         need: What the sample is going to be used with. With ``"caption"`` a kept sample always has
-            one, perhaps ``""``.
+            one, perhaps ``""``; with ``"image"`` nothing else is read.
         on_problem: Called with ``"caption_replaced"`` if the caption was not UTF-8 and is decoded
             with replacement.
 
@@ -248,6 +248,8 @@ def sample_from_raw(
     if extension is None:
         raise SkipSample("missing_image", f"members: {', '.join(members)}")
     sample: dict[str, Any] = {"key": raw.key, "image": members[extension]}
+    if need == "image":
+        return sample
     if "txt" in members:
         sample["caption"] = _decode_caption(raw, on_problem)
     if need == "caption" and not sample.get("caption"):

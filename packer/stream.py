@@ -48,7 +48,7 @@ class PackedStream(IterableDataset[PackedBatch]):
         tokenizer: Turns captions into ``batch.captions``.
         transform: ``transform(uint8 (H, W, 3), torch.Generator) -> same shape``, after the resize.
         need: "caption" or "label": a sample without it is skipped and counted, and "caption" leaves
-            labels out; None needs neither and takes what is there.
+            labels out; "image": both are left out; None needs neither and takes what is there.
         epochs: Passes over the data, after which what waits is flushed; None never ends. On
             several ranks a finite stream may give them different numbers of batches
             (`packer.lockstep.in_step` evens them out).

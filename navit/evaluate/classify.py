@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,19 +22,21 @@ from packer.stream import PackedStream
 TOP = (1, 5)
 
 
-def labelled_pass(
+def image_pass(
     source: Sequence[str],
     config: PackerConfig,
     sequences_per_batch: int,
     *,
+    need: Literal["label", "image"] = "label",
     classes: Sequence[str] | None = None,
 ) -> Iterable[PackedBatch]:
-    """Return one pass over labelled images, in packed batches.
+    """Return one pass over images, in packed batches.
 
     Args:
-        source: Tar shards with labels, or one folder with one subfolder a class.
+        source: Tar shards, or one folder with one subfolder a class.
         config: Packing of the training run; cropping, dropping and resolution sampling are off.
         sequences_per_batch: B.
+        need: "label" skips images of shards without one, "image" leaves labels out.
         classes: Names of a folder's classes, in the order of their labels; None: its subfolders,
             sorted.
     """
@@ -44,7 +47,7 @@ def labelled_pass(
         expand_shards(source),
         packing,
         sequences_per_batch=sequences_per_batch,
-        need="label",
+        need=need,
         epochs=1,
         shuffle_shards=False,
         rank=0,  # all images, also where this is one rank of a training run
@@ -86,7 +89,7 @@ def evaluate_classifier(
 
     Args:
         model: The model, on ``device``.
-        batches: Labelled images, see `labelled_pass`.
+        batches: Labelled images, see `image_pass`.
         device: Where the model runs.
         autocast_dtype: Precision of the matrix products; None leaves autocast off.
         progress: Whether to show a progress bar.

@@ -141,6 +141,10 @@ def _metric_lines(
         yield _row(f"classification of {title}", ("top 1", "top 5", "classes"))
         yield _row("the model's own classes", _of_classes(metrics, "", ""))
         yield _row("  chance", [_share(metrics["chance/accuracy@1"]), "", ""])
+    if "masked_accuracy@1" in metrics:
+        yield _row(f"colours of masked patches, {title}", ("top 1", "top 5"))
+        yield _row("predicted", [_share(metrics[f"masked_accuracy@{k}"]) for k in (1, 5)])
+        yield _row("  the most frequent", [_share(metrics["chance/masked_accuracy@1"]), ""])
     for name in set_names(metrics):
         counts = classes.get(name, {})
         heading = f"{name}, {counts['classes']} classes" if counts else name
@@ -225,8 +229,8 @@ def headline_metrics(
 
 def set_names(metrics: Mapping[str, float]) -> list[str]:
     """Return the sets of classes that metrics are of, in their order."""
-    ending = "_accuracy@1"
-    return list(dict.fromkeys(n.rpartition("/")[0] for n in metrics if n.endswith(ending)))
+    named = [name.rpartition("/")[0] for name in metrics if name.endswith("_accuracy@1")]
+    return [name for name in dict.fromkeys(named) if name not in ("", "chance")]
 
 
 def _methods_of(metrics: Mapping[str, float], name: str) -> list[tuple[str, str]]:

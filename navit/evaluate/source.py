@@ -27,7 +27,7 @@ class Run(Protocol):
     """What a training run gives; `navit.train.restore.Trained` has it."""
 
     @property
-    def model(self) -> CLIP | Classifier:
+    def model(self) -> CLIP | Classifier | NaViT:
         """The model, on the CPU."""
 
     @property

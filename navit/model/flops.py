@@ -9,11 +9,13 @@ import numpy as np
 
 from navit.model.classifier import ClassifierConfig
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig, TransformerConfig
+from navit.model.corrupt import COLOURS
+from navit.model.masked import MaskedConfig
 from navit.model.stem import stem_flops
 from packer.batch import PackedBatch
 
 
-def batch_flops(config: CLIPConfig | ClassifierConfig, batch: PackedBatch) -> int:
+def batch_flops(config: CLIPConfig | ClassifierConfig | MaskedConfig, batch: PackedBatch) -> int:
     """Return the floating-point operations of a model's forward pass on one batch.
 
     Args:
@@ -33,6 +35,9 @@ def batch_flops(config: CLIPConfig | ClassifierConfig, batch: PackedBatch) -> in
     width = config.vision.width
     if isinstance(config, ClassifierConfig):
         return flops + len(lengths) * head_flops(config)
+    if isinstance(config, MaskedConfig):  # in expectation: which patches is drawn by the model
+        asked = config.corruption.share * sum(lengths)
+        return flops + int(2 * asked * width * COLOURS)
     if config.image_projection:
         flops += 2 * len(lengths) * width * config.embed_dim
     if batch.captions is not None and batch.captions.segment_lengths:

@@ -1,6 +1,7 @@
 """NaViT: packed images in, one vector per image out."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,8 +255,15 @@ class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
         self.norm = make_norm(config)
         self.pool = None if config.pool == "cls" else make_pool(config)
 
-    def forward(self, batch: PackedBatch) -> NaViTOutput:
+    def forward(
+        self, batch: PackedBatch, *, edit: Callable[[Tensor, TokenPlan], Tensor] | None = None
+    ) -> NaViTOutput:
         """Encode a packed batch on the device its tensors are on.
+
+        Args:
+            batch: The packed images.
+            edit: Changes the embedded patches (T, D), in the plan's order, before their positions
+                are added; None leaves them.
 
         Raises:
             ValueError: If the batch's patch size is not that of a model that has but one, an image
@@ -266,11 +274,12 @@ class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
         dtype = self.norm.weight.dtype
         plan = plan_tokens(batch, self.config, dtype=dtype, compiled=self.is_compiled)
         positions, grids = gather_positions(batch, plan)
-        if isinstance(self.patch_embed, PatchEmbed):  # part of what `encode` does
+        if isinstance(self.patch_embed, PatchEmbed) and edit is None:  # part of what `encode` does
             patches = batch.patches.flatten(0, 1).index_select(0, plan.token_index)
         else:
             # Outside of a compiled graph, which would be made anew for each set of sizes or grids.
             patches = self.embed_patches(batch, plan)
+            patches = patches if edit is None else edit(patches, plan)
         longer = plan.attention if plan.prefix is None else plan.prefix.attention
         encode = self.graph(plan.attention, longer)
         pooled, tokens = encode(patches, positions, grids, plan)

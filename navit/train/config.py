@@ -1,29 +1,34 @@
 """`TrainConfig`: one run, and the named runs as functions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from navit.distill_loss import Divergence
 from navit.label_loss import LabelLoss
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
+from navit.model.corrupt import Corruption
 from navit.train.optim import OptimConfig
 from navit.train.parallel import ParallelConfig
 from packer.config import PackerConfig
-from packer.plan.drop import BetaDrop, ConstantDrop
+from packer.plan.drop import BetaDrop, ConstantDrop, NoDrop
 from packer.plan.resize import RandomCrop, UniformSide
 
 Precision = Literal["auto", "bf16", "fp32"]
 ContrastiveLoss = Literal["softmax", "sigmoid"]
 Tower = Literal["vision", "text"]
+TaskName = Literal["contrastive", "classify", "masked"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run."""
 
-    task: Literal["contrastive", "classify"] = "contrastive"
-    """"contrastive": image-text pairs; "classify": labelled images (a `.cls` in each sample)."""
+    task: TaskName = "contrastive"
+    """"contrastive": image-text pairs; "classify": labelled images (a `.cls` in each sample);
+    "masked": images alone, the tower of which is then given to another run as `init`."""
+    corruption: Corruption = field(default_factory=Corruption)
+    """Patches that "masked" corrupts and asks for (ViT, appendix B.1.2)."""
     num_classes: int = 0
     """Classes of "classify"; 0 counts the subfolders of a folder."""
     representation_size: int | None = None
@@ -60,7 +65,7 @@ class TrainConfig:
     not a teacher's forward pass.)"""
     shards: tuple[str, ...] = ()
     """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing.
-    To classify also a folder with one subfolder a class."""
+    Without captions also a folder with one subfolder a class."""
     val: tuple[str, ...] = ()
     """Validation shards; empty with `shards`: no evaluation."""
     run: Path | None = None
@@ -132,8 +137,15 @@ class TrainConfig:
         for name in ("flip", "color_jitter", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
-        if self.task not in ("contrastive", "classify"):
-            raise ValueError(f"task must be 'contrastive' or 'classify'; got {self.task!r}.")
+        if self.task not in get_args(TaskName):
+            raise ValueError(
+                f"task must be 'contrastive', 'classify' or 'masked'; got {self.task!r}."
+            )
+        if self.task == "masked" and (self.teacher is not None or self.freeze):
+            raise ValueError(
+                "task 'masked' trains the image tower by itself: it takes no teacher and freezes "
+                f"nothing; got teacher={self.teacher} and freeze={self.freeze}. Leave them out."
+            )
         if self.contrastive_loss not in get_args(ContrastiveLoss):
             raise ValueError(
                 f"contrastive_loss must be 'softmax' or 'sigmoid'; got {self.contrastive_loss!r}."
@@ -231,6 +243,19 @@ def classify() -> TrainConfig:
     )
 
 
+def masked() -> TrainConfig:
+    """Pre-train the image tower on the demonstration set, without captions: about 2 minutes."""
+    config = demo()
+    return replace(
+        config,
+        task="masked",
+        packer=replace(config.packer, token_drop=NoDrop()),
+        steps=200,
+        eval_every=50,
+        optim=replace(config.optim, cooldown_steps=100),
+    )
+
+
 def pairs() -> TrainConfig:
     """Train on a few thousand web-like pairs: about 18 minutes on 2 CPU cores."""
     return TrainConfig(
@@ -259,4 +284,4 @@ def pairs() -> TrainConfig:
     )
 
 
-PRESETS = {"demo": demo, "pairs": pairs, "classify": classify}
+PRESETS = {"demo": demo, "pairs": pairs, "classify": classify, "masked": masked}

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from navit.evaluate.classify import evaluate_classifier, labelled_pass
+from navit.evaluate.classify import evaluate_classifier, image_pass
 from navit.evaluate.run import Evaluation, evaluate_clip
 from navit.model import CLIP, NaViT
 from navit.model.classifier import Classifier, ClassifierConfig
+from navit.model.masked import MaskedConfig, MaskedPredictor
 from navit.model.vision import CONFIG_FILE
 from navit.serialize import from_plain
 from navit.train.checkpoint import find_checkpoint, load_tensors, read_state, stored_tensors
@@ -25,10 +26,10 @@ from packer.captions import CaptionTokenizer
 class Trained:
     """What evaluation and embedding need of a run."""
 
-    model: CLIP | Classifier
-    """On the CPU, with the weights asked for."""
+    model: CLIP | Classifier | NaViT
+    """On the CPU, with the weights asked for; of a masked run the image tower alone."""
     tokenizer: CaptionTokenizer | None
-    """The run's tokenizer; None for a classifier."""
+    """The run's tokenizer; None without texts."""
     config: TrainConfig
     """The run's configuration."""
     classes: tuple[str, ...] | None = None
@@ -46,6 +47,9 @@ class Trained:
         """Evaluate the model on shards of the run's kind.
 
         The arguments are those of `evaluate_clip` and `evaluate_classifier`.
+
+        Raises:
+            ValueError: For a masked run, whose tower has no answers of its own.
         """
         how: dict[str, Any] = {
             "sequences_per_batch": sequences_per_batch,
@@ -55,8 +59,13 @@ class Trained:
         model, packing = self.model.to(device), self.config.packer
         if isinstance(model, Classifier):
             per_batch = how.pop("sequences_per_batch")
-            batches = labelled_pass(shards, packing, per_batch, classes=self.classes)
+            batches = image_pass(shards, packing, per_batch, classes=self.classes)
             return evaluate_classifier(model, batches, **how)
+        if isinstance(model, NaViT):
+            raise ValueError(
+                "a run of task 'masked' leaves an image tower, without classes or texts; probe it: "
+                "navit evaluate RUN --shards ..."
+            )
         assert self.tokenizer is not None, "a CLIP is stored with its tokenizer"
         how["train_metadata"] = train_metadata
         return evaluate_clip(model, self.tokenizer, shards, packing, **how)
@@ -96,7 +105,7 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
     """
     folder = find_checkpoint(path)
     config = from_plain(TrainConfig, read_state(folder)["config"])
-    model: CLIP | Classifier
+    model: CLIP | Classifier | MaskedPredictor
     tokenizer = classes = None
     if config.task == "classify":
         hidden = config.representation_size
@@ -106,6 +115,8 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
         model = Classifier(shape)
         if (folder / CLASSES_FILE).exists():
             classes = tuple((folder / CLASSES_FILE).read_text().splitlines())
+    elif config.task == "masked":
+        model = MaskedPredictor(MaskedConfig(config.model.vision, config.corruption))
     else:
         model = CLIP(config.model)
         tokenizer = CaptionTokenizer.from_file(folder / "tokenizer.json")
@@ -114,4 +125,5 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
         average = Ema(model)
         load_tensors(folder, {"ema": average.tensors()})
         average.copy_to(model)
-    return Trained(model, tokenizer, config, classes)
+    whole = model.vision.requires_grad_() if isinstance(model, MaskedPredictor) else model
+    return Trained(whole, tokenizer, config, classes)

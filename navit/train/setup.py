@@ -78,9 +78,11 @@ def resolve_shards(config: TrainConfig) -> tuple[list[str], list[str]]:
 
 
 def is_folder_run(config: TrainConfig) -> bool:
-    """Whether a run classifies the images of a folder with one subfolder a class."""
+    """Whether a run is over the images of a folder with one subfolder a class."""
     return (
-        config.task == "classify" and len(config.shards) == 1 and is_image_folder(config.shards[0])
+        config.task != "contrastive"
+        and len(config.shards) == 1
+        and is_image_folder(config.shards[0])
     )
 
 

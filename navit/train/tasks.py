@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from navit.distill_loss import contrastive_distillation, label_distillation
-from navit.evaluate.classify import evaluate_classifier, labelled_pass
+from navit.evaluate.classify import evaluate_classifier, image_pass
 from navit.evaluate.encode import read_metadata
 from navit.evaluate.prompts import class_label
 from navit.evaluate.run import Evaluation, evaluate_clip
@@ -30,6 +30,7 @@ from navit.model.clip import CLIPOutput
 from navit.model.vision import PretrainedModel
 from navit.train.config import TrainConfig
 from navit.train.data import FolderData, StreamData, TrainData
+from navit.train.masked import MaskedTask
 from navit.train.ranks import World, alone
 from navit.train.setup import is_folder_run, tokenizer_of_all
 from navit.train.start import freeze, start_of_pair, start_of_scores, start_of_tower
@@ -330,7 +331,7 @@ class ClassifyTask:
         classes = None if self.folder is None else self.folder.classes
         return evaluate_classifier(
             model,
-            labelled_pass(
+            image_pass(
                 shards, self.config.packer, self.config.sequences_per_batch, classes=classes
             ),
             device=device,
@@ -362,6 +363,8 @@ def make_task(
     world = alone(torch.device("cpu")) if world is None else world
     if config.task == "classify":
         return ClassifyTask(config, train_shards, world)
+    if config.task == "masked":
+        return MaskedTask(config, train_shards, world)
     return ContrastiveTask(config, run, train_shards, world)
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from navit.model.classifier import Classifier, ClassifierConfig
 from navit.model.clip import CLIP
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
-from navit.train.config import Tower, TrainConfig
+from navit.train.config import TaskName, Tower, TrainConfig
+from navit.train.masked import MaskedTask
 from navit.train.parallel import ParallelConfig, parallelize, whole
 from navit.train.ranks import World, alone
 from navit.train.step import gradients
@@ -29,7 +30,15 @@ from tests.reference import contrastive as reference
 
 Split = tuple[tuple[tuple[int, ...], ...], ...]
 """Samples of each rank's batches: split[rank][batch] -> samples."""
+AnyTask = ContrastiveTask | ClassifyTask | MaskedTask
 PATCH_SIZE, NUM_SAMPLES, NUM_CLASSES, NUM_CAPTIONS = 4, 9, 5, 6
+
+
+TASKS: dict[str, TaskName] = {
+    **dict.fromkeys(("softmax", "sigmoid"), "contrastive"),
+    **dict.fromkeys(("labels", "targets"), "classify"),
+    "masked": "masked",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Case:
     """One step."""
 
     kind: str
-    """"softmax" or "sigmoid" of pairs; "labels" or "targets" of a classifier."""
+    """"softmax" or "sigmoid" of pairs; "labels" or "targets" of a classifier; "masked" patches."""
     split: Split
     strategy: str = "ddp"
     cache: bool = False
@@ -77,13 +86,14 @@ def make_batch(samples: Sequence[int], *, with_targets: bool = False) -> PackedB
         labels = torch.nn.functional.one_hot(labels, NUM_CLASSES) * 0.8
     return replace(
         packed,
+        keys=tuple(f"sample {i}" for i in samples),
         # Samples with an equal caption are on several ranks.
         texts=tuple(f"caption {i % NUM_CAPTIONS}" for i in samples),
         labels=labels,
     )
 
 
-def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
+def make_task(case: Case) -> AnyTask:
     """Build a small task in float64, with the same weights for the same case."""
     shape: dict[str, Any] = {
         "width": 8,
@@ -95,7 +105,7 @@ def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
     }
     is_sigmoid = case.kind in ("sigmoid", "targets")
     config = TrainConfig(
-        task="contrastive" if case.kind in ("softmax", "sigmoid") else "classify",
+        task=TASKS[case.kind],
         contrastive_loss="sigmoid" if is_sigmoid else "softmax",
         label_loss="sigmoid" if is_sigmoid else "softmax",
         num_classes=NUM_CLASSES,
@@ -118,18 +128,23 @@ def make_task(case: Case) -> ContrastiveTask | ClassifyTask:
         if case.frozen:
             init = save_model(config, Path(run, "init"), width=8)
             config = replace(config, init=init, freeze=case.frozen)
-        task: ContrastiveTask | ClassifyTask
+        task: AnyTask
         if config.task == "classify":
             task = ClassifyTask(config, ["none.tar"], alone(CPU))
+        elif config.task == "masked":
+            task = MaskedTask(config, ["none.tar"], alone(CPU))
+            task.model.eval()  # else each batch is corrupted anew, whatever its images
         else:
             task = ContrastiveTask(config, Path(run), [], alone(CPU))
     with torch.no_grad():
-        if isinstance(task, ClassifyTask):  # it starts at 0, where the tower gets no gradient
+        if not isinstance(
+            task, ContrastiveTask
+        ):  # it starts at 0, where the tower gets no gradient
             task.model.head.weight.normal_()
         else:
             task.model.log_logit_scale.fill_(1.5)
     task.model.double()
-    if task.teacher is not None:
+    if not isinstance(task, MaskedTask) and task.teacher is not None:
         task.teacher.model.double()
     return task
 
@@ -183,7 +198,9 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def _plain_loss(task: ContrastiveTask | ClassifyTask, case: Case, samples: Sequence[int]) -> Tensor:
+def _plain_loss(task: AnyTask, case: Case, samples: Sequence[int]) -> Tensor:
+    if isinstance(task, MaskedTask):  # image by image, see tests/unit/test_masked.py
+        return torch.cat([task.model(make_batch([i])) for i in samples]).mean()
     batch = make_batch(samples, with_targets=case.kind == "targets")
     output = task.model(batch)
     if task.teacher is not None:

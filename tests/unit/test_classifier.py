@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from navit.evaluate.classify import evaluate_classifier, hits_at, labelled_pass
+from navit.evaluate.classify import evaluate_classifier, hits_at, image_pass
 from navit.evaluate.run import Evaluation
 from navit.model import NaViTConfig
 from navit.model.classifier import Classifier, ClassifierConfig
@@ -54,7 +54,7 @@ def test_a_constant_classifier_hits_nothing(tmp_path: Path) -> None:
     model = tiny(3)
 
     def evaluate() -> Evaluation:
-        batches = labelled_pass(shards, PackerConfig(patch_size=8, seq_len=64), 2)
+        batches = image_pass(shards, PackerConfig(patch_size=8, seq_len=64), 2)
         return evaluate_classifier(model, batches, device=torch.device("cpu"), progress=False)
 
     assert evaluate().metrics == {

@@ -63,6 +63,8 @@ CASES = [
     Case("sigmoid", deal(1, 2), taught=True, frozen=("text",)),
     Case("labels", deal(3, 2, empty_rank=2), taught=True),
     Case("targets", deal(2, 2), taught=True),
+    Case("masked", deal(3, 2, empty_rank=1)),
+    Case("masked", deal(2, 2), "fsdp2", checkpointing=True),
 ]
 GRID = [
     Case(kind, deal(size, accumulate, empty_rank=empty), strategy, cache)

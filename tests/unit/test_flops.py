@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from navit.model import CLIP
 from navit.model.classifier import Classifier, ClassifierConfig
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
+from navit.model.corrupt import Corruption
+from navit.model.masked import MaskedConfig, MaskedPredictor
 from navit.train.flops import batch_flops, matmul_rate
 from packer.captions import CaptionTokenizer
 from packer.collate import PackingCollator
@@ -77,3 +79,14 @@ def test_the_matmul_rate_is_positive_and_draws_no_random_numbers(dtype: torch.dt
 
     assert matmul_rate(torch.device("cpu"), dtype, repeats=1) > 1e6
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_operations_of_a_masked_predictor_are_those_torch_counts(share: float) -> None:
+    """Exactly where every patch is asked for; else the head's are those expected."""
+    config = MaskedConfig(
+        NaViTConfig.from_dict({**SHAPE, "patch_size": 8, "pool": "mean"}), Corruption(share)
+    )
+    batch = PackingCollator(PackerConfig(patch_size=8, seq_len=32))(image_samples(60))
+    found = counted(MaskedPredictor(config), batch)
+    assert batch_flops(config, batch) == pytest.approx(found, rel=0.05 * (share < 1))

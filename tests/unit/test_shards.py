@@ -393,6 +393,14 @@ def test_an_incomplete_sample_is_a_skip(members: dict[str, bytes], need: Any, ca
     assert caught.value.cause == cause
 
 
+def test_of_a_sample_that_is_an_image_alone_nothing_else_is_read() -> None:
+    members = {"jpg": b"1", "txt": b"caf\xe9", "cls": b"no number"}
+    sample = sample_from_raw(
+        raw_sample(**members), config=PackerConfig(), need="image", on_problem=pytest.fail
+    )
+    assert sample == {"key": "s.tar/a", "image": b"1"}
+
+
 def test_a_missing_caption_can_be_kept_as_empty() -> None:
     config = PackerConfig(missing_caption="keep")
     for members in ({}, {"txt": b""}):
