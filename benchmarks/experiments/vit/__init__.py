@@ -1,0 +1,1 @@
+"""ViT's own tools at a small scale: masked patch prediction, fine-tuning at a higher resolution."""

@@ -1,0 +1,87 @@
+"""`python -m benchmarks.experiments.vit`: do masked prediction and interpolated positions help?
+
+Run again, it goes on: finished runs are skipped, an interrupted one continues from its checkpoint.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.experiments.settle import settle
+from benchmarks.experiments.vit.run import QUICK, Name, Result, Scale, ensure_data, stored
+from benchmarks.harness import environment
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pre-train without labels and probe; fine-tune at twice the resolution."""
+
+    only: tuple[Name, ...] = ("masked", "resolution")
+    """Experiments to run."""
+    seeds: int = 3
+    """Seeds of every arm: 0, 1, ..."""
+    folder: Path = Path("runs/experiments/vit")
+    """Results, table and picture."""
+    data: Path = Path("data/experiments/objects")
+    """Images that are drawn."""
+    threads: int = 1
+    """Threads of torch. With small tensors a second one gains little."""
+    quick: bool = False
+    """A few steps of tiny towers, to see that everything runs; the numbers mean nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit status."""
+    try:
+        options = tyro.cli(Options, args=args, prog="python -m benchmarks.experiments.vit")
+        _run_all(options)
+    except KeyboardInterrupt:
+        print("interrupted; run the command again to go on.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"python -m benchmarks.experiments.vit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run_all(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    scale = QUICK if options.quick else Scale()
+    settle(options.folder, asdict(scale))
+    data = ensure_data(options.data, scale)
+    results: list[Result] = []
+    for name in options.only:
+        for seed in range(options.seeds):
+            print(f"{name}, seed {seed + 1} of {options.seeds}", file=sys.stderr, flush=True)
+            results += stored(name, data, scale, options.folder, seed)
+            write_summary(options, results)
+    print((options.folder / "summary.md").read_text())
+    print(f"table and picture: {options.folder}")
+
+
+def write_summary(options: Options, results: Sequence[Result]) -> None:
+    """Write summary.md, summary.json and accuracy.png of the runs there are."""
+    from benchmarks.experiments.vit.summary import draw, format_tables  # matplotlib takes a second
+
+    note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if options.quick else ""
+    (options.folder / "summary.md").write_text(note + format_tables(results) + "\n")
+    # The harness names its own command.
+    command = " ".join(["python -m benchmarks.experiments.vit", *sys.argv[1:]])
+    told = {**environment(), "command": command}
+    rows = {"environment": told, "results": [asdict(result) for result in results]}
+    (options.folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+    draw(results, options.folder / "accuracy.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
