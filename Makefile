@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := .venv-bench
 BENCH_READY := $(BENCH)/.ready
+TWO := -n 2 --dist loadfile
 ARGS ?=
 
 .PHONY: help setup train test test-all test-gpu lint types contracts check bench bench-gpu bench-setup fix clean
@@ -28,11 +29,12 @@ setup: $(READY) ## create .venv, install requirements.lock and the package
 train: setup ## train a NaViT on the demonstration set, or on SHARDS='...{000..099}.tar' VAL='...tar'
 	$(BIN)/navit train $(if $(SHARDS),pairs --shards '$(SHARDS)',demo) $(if $(VAL),--val '$(VAL)') $(ARGS)
 
+# Two processes, a file of tests each: as many as the smallest machine we test on has cores.
 test: setup ## the fast tests (no GPU, no network)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TWO) $(ARGS)
 
 test-all: setup ## all tests, the slow ones too
-	TEST_PROFILE=all $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	TEST_PROFILE=all $(BIN)/python -m pytest $(TWO) -m "not gpu" $(ARGS)
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
