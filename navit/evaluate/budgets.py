@@ -89,6 +89,8 @@ class BudgetEvaluator:
         if self.train is not None and "shape" in self.settings.metrics:
             known = {f"train/{key}": fields for key, fields in self.train_metadata.items()}
             metrics |= shape_baselines(known, self.metadata)
+        if not metrics:
+            notes = (*notes, "nothing measured: metrics need labels, or captions and a text tower")
         return BudgetResult(
             budget,
             metrics,

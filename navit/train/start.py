@@ -9,6 +9,7 @@ from navit.model import CLIP, NaViT
 from navit.model.classifier import Classifier
 from navit.model.config import CLIPConfig, NaViTConfig
 from navit.train.config import Tower, TrainConfig
+from packer.plan.drop import NoDrop
 from packer.plan.patch_size import OnePatchSize
 
 
@@ -22,7 +23,8 @@ def start_of_tower(
         pair: What `start_of_pair` has read of ``init``.
 
     Raises:
-        ValueError: If the tower does not take patches of the packer's sizes.
+        ValueError: If the tower does not take patches of the packer's sizes, or has a convolutional
+            stem where tokens are dropped.
     """
     ours, weights = replace(config.model.vision, patch_size=config.packer.patch_size), None
     if config.init is not None:
@@ -42,6 +44,11 @@ def start_of_tower(
             "packer.patch_sizes draws several sizes, which needs a flexible tower; this one has "
             f"weights for patches of {ours.patch_size} pixels alone. Set "
             "--model.vision.patch-buffer 32."
+        )
+    if ours.stem is not None and not isinstance(config.packer.token_drop, NoDrop):
+        raise ValueError(
+            "a convolutional stem needs every image whole, and packer.token_drop drops tokens; got "
+            f"stem={ours.stem!r}. Set packer.token-drop:no-drop."
         )
     if "vision" in config.freeze:
         ours = replace(ours, drop_path=0.0)  # a tower that does not learn is not regularised

@@ -19,6 +19,7 @@ from navit.train.step import gradients
 from navit.train.teacher import check_tokenizer, given_tokenizer
 from packer.captions import CaptionTokenizer
 from packer.config import PackerConfig
+from packer.plan.drop import ConstantDrop
 from packer.plan.patch_size import RandomPatchSize
 from tests.helpers.batches import pack_images, random_images
 from tests.helpers.distributed import CPU
@@ -65,6 +66,14 @@ def test_a_grid_is_resized_for_another_resolution(weights: tuple[Path, NaViT]) -
     assert found.config.pos_table_size == 5
     expected = tower.at_grid(5, "corners").pos_embed.table
     assert torch.equal(found.pos_embed.table, expected)
+
+
+def test_a_stem_is_not_started_where_tokens_are_dropped() -> None:
+    stem = {"patch_size": 16, "stem": "resnet", "stem_width": 16, "stem_stages": (1, 1)}
+    dropping = {"patch_size": 16, "token_drop": ConstantDrop(0.5)}
+    with pytest.raises(ValueError, match="needs every image whole.*got stem='resnet'"):
+        start_of_tower(run_of(None, packer=dropping, vision=stem))
+    start_of_tower(run_of(None, packer={"patch_size": 16}, vision=stem))
 
 
 def test_patches_of_other_sizes_need_a_flexible_tower(weights: tuple[Path, NaViT]) -> None:

@@ -25,7 +25,7 @@ TEST_SEED = 1 << 21
 class Options:
     """Train a dynamic transformer with no reuse, feature reuse, relationship reuse and both."""
 
-    steps: int = 400
+    steps: int = 300
     """Training steps of each run."""
     seeds: int = 3
     """Seeds of every arm: 0, 1, ..."""

@@ -58,11 +58,11 @@ class Scale:
     """Blocks."""
     tokens: int = 2880
     """Tokens of a step."""
-    masked_steps: int = 400
+    masked_steps: int = 300
     """Steps of masked prediction."""
-    small_steps: int = 400
+    small_steps: int = 300
     """Steps of the classifier at the lower resolution."""
-    large_steps: int = 100
+    large_steps: int = 80
     """Steps of fine-tuning at twice its sides."""
     workers: int = 1
     """Processes that load."""
