@@ -2,17 +2,21 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from navit.evaluate.encode import evaluating, inference
-from navit.evaluate.run import Evaluation
+from navit.evaluate.run import Evaluation, MaskedExample
 from navit.model.corrupt import COLOURS
-from navit.model.masked import MaskedPredictor
+from navit.model.masked import MaskedOutput, MaskedPredictor
 from packer.batch import BatchStats, PackedBatch
 
 EVALUATION_SEED = 0
 """Every evaluation corrupts the same patches."""
+EXAMPLES = 6
+"""Images shown, the first ones."""
+_GREY = 127
 
 
 def evaluate_masked(
@@ -43,6 +47,7 @@ def evaluate_masked(
     stats = BatchStats()
     hits, loss = {1: 0, 5: 0}, 0.0
     counts = torch.zeros(COLOURS, dtype=torch.int64)
+    examples: list[MaskedExample] = []
     bar = tqdm(batches, desc="predicting", unit="batch", leave=False, disable=not progress)
     with evaluating(model), inference(device, autocast_dtype):
         for batch in bar:
@@ -54,6 +59,8 @@ def evaluate_masked(
                     hits[k] += int(best[:, :k].sum())
                 counts += torch.bincount(found.colours.cpu(), minlength=COLOURS)
                 loss += float(found.losses().sum())
+                for image in range(min(batch.num_images, EXAMPLES - len(examples))):
+                    examples.append(show_image(batch, found, image))
     asked = int(counts.sum())
     if not asked:
         raise ValueError(
@@ -62,4 +69,39 @@ def evaluate_masked(
         )
     metrics = {f"masked_accuracy@{k}": hits[k] / asked for k in hits}
     metrics["chance/masked_accuracy@1"] = int(counts.max()) / asked
-    return Evaluation({**metrics, "masked_loss": loss / stats.images}, stats)
+    metrics["masked_loss"] = loss / stats.images
+    return Evaluation(metrics, stats, examples=tuple(examples))
+
+
+def show_image(batch: PackedBatch, found: MaskedOutput, image: int) -> MaskedExample:
+    """Put an image of a batch together again: as it was, corrupted, and as it was predicted."""
+    row, slot = (batch.image_index == image).nonzero()[0].tolist()
+    sizes = batch.patch_sizes
+    side = batch.patch_size if sizes is None else int(sizes[row, slot])
+    inside = (batch.segment_ids[row] == slot + 1).nonzero().squeeze(1)
+    mine = found.image.cpu() == image
+    hidden = dict(
+        zip(
+            found.places.cpu()[mine].tolist(),
+            found.logits.argmax(1).cpu()[mine].tolist(),
+            strict=True,
+        )
+    )
+    rows, cols = batch.grid_sizes[row, slot].tolist()
+    shown = np.full((3, rows, cols, side, side, 3), 255, dtype=np.uint8)
+    for place in inside.tolist():
+        at = (slice(None), *batch.position_ids[row, place].tolist())
+        values = batch.patches[row, place, : 3 * side**2].view(side, side, 3)
+        shown[at] = values.numpy()
+        colour = hidden.get(row * batch.seq_len + place)
+        if colour is not None:
+            shown[(1, *at[1:])] = _GREY
+            shown[(2, *at[1:])] = class_colour(colour)
+    whole = shown.swapaxes(2, 3).reshape(3, rows * side, cols * side, 3)
+    return MaskedExample(*whole)
+
+
+def class_colour(number: int) -> tuple[int, int, int]:
+    """Return the middle of a class of colours, as (red, green, blue)."""
+    red, green, blue = number >> 6, number >> 3 & 7, number & 7
+    return 32 * red + 16, 32 * green + 16, 32 * blue + 16

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from navit.evaluate.captions import Captions, encode_unique, pair_metrics
@@ -30,6 +32,18 @@ from packer.stream import PackedStream
 
 
 @dataclass(frozen=True)
+class MaskedExample:
+    """An image, and the colours predicted for its corrupted patches."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    """What the model was to see."""
+    corrupted: UInt8[np.ndarray, "H W 3"]
+    """Corrupted patches in grey."""
+    predicted: UInt8[np.ndarray, "H W 3"]
+    """In their place the colours predicted."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What an evaluation found."""
 
@@ -39,6 +53,8 @@ class Evaluation:
     """Counts of images, tokens and skipped samples over the whole pass."""
     pairs: EncodedPairs | None = None
     """The vectors the metrics were computed from; None for a classifier."""
+    examples: tuple[MaskedExample, ...] = ()
+    """Of masked prediction: a few images and what was predicted of them."""
 
 
 def evaluation_packing(config: PackerConfig) -> PackerConfig:

@@ -64,6 +64,8 @@ class MaskedOutput:
     """The right ones."""
     image: Int64[Tensor, " K"]
     """Which of the N images each patch is of."""
+    places: Int64[Tensor, " K"]
+    """Where each patch is among the B * L places of the batch."""
     num_images: int
     """N."""
 
@@ -140,6 +142,7 @@ class MaskedPredictor(PretrainedModel[MaskedConfig]):
             logits=logits.to(torch.promote_types(logits.dtype, torch.float32)),
             colours=_colours(batch, output.plan, asked),
             image=image.index_select(0, asked),
+            places=output.plan.token_index.index_select(0, asked),
             num_images=batch.num_images,
         )
 

@@ -18,6 +18,8 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from navit.evaluate.run import MaskedExample
+
 _RIGHT, _WRONG, _NEUTRAL = "#1f9d3a", "#d03a32", "#7a808a"
 _SHOWN_METRICS = ("recall@1", "accuracy", "accuracy@1")
 _BASELINES = ("shape_accuracy@1",)
@@ -172,6 +174,29 @@ def draw_retrieval(
     height = figure.get_figheight()
     figure.text(edge, 1 - 0.3 / height, heading, size=14, weight="bold", va="center")
     figure.text(edge, 1 - 0.58 / height, legend, size=9, color="0.35", va="center")
+    return _save(figure, path)
+
+
+def draw_masked(examples: Sequence[MaskedExample], path: Path | str) -> Path:
+    """Draw images, their corrupted patches in grey, and the colours predicted in their place.
+
+    Args:
+        examples: One or more.
+        path: Written as PNG (or what its suffix says); its folder is created.
+
+    Returns:
+        ``path``.
+    """
+    figure = Figure(figsize=(1.8 * len(examples), 5.8), layout="constrained")
+    panels = figure.subplots(3, len(examples), squeeze=False)
+    for column, example in zip(panels.T, examples, strict=True):
+        shown = (example.image, example.corrupted, example.predicted)
+        for axes, pixels in zip(column, shown, strict=True):
+            axes.imshow(pixels)
+            axes.set(xticks=[], yticks=[])
+    for axes, title in zip(panels[:, 0], ("image", "corrupted", "predicted"), strict=True):
+        axes.set_ylabel(title)
+    figure.suptitle("Masked patches and the mean colours predicted for them")
     return _save(figure, path)
 
 

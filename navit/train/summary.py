@@ -12,7 +12,7 @@ from navit.evaluate.report import format_metrics
 from navit.evaluate.run import Evaluation
 from navit.train.loop import TrainResult
 from navit.train.metrics import read_metrics
-from navit.train.pictures import draw_loss, draw_retrieval
+from navit.train.pictures import draw_loss, draw_masked, draw_retrieval
 from packer.decode import decode_rgb, read_size
 from packer.patchify import resize_uint8
 from packer.shards import IMAGE_EXTENSIONS, iter_shard
@@ -25,13 +25,15 @@ THUMBNAIL = 160
 
 
 def draw_results(result: TrainResult, val_shards: Sequence[str]) -> list[Path]:
-    """Draw loss.png and retrieval.png of a finished run; return all its pictures."""
+    """Draw loss.png, retrieval.png or masked.png of a finished run; return all its pictures."""
     run = result.run
     if any(line["event"] == "train" for line in read_metrics(run / "metrics.jsonl")):
         draw_loss(run / "metrics.jsonl", run / "loss.png")
     if result.evaluation is not None and result.evaluation.pairs is not None:
         draw_nearest(result.evaluation.pairs, val_shards, run / "retrieval.png")
-    names = ("loss.png", "packing.png", "retrieval.png")
+    if result.evaluation is not None and result.evaluation.examples:
+        draw_masked(result.evaluation.examples, run / "masked.png")
+    names = ("loss.png", "packing.png", "retrieval.png", "masked.png")
     return [run / name for name in names if (run / name).exists()]
 
 

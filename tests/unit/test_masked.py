@@ -4,15 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from navit.evaluate.masked import evaluate_masked
+from navit.evaluate.masked import class_colour, evaluate_masked, show_image
 from navit.model import NaViTConfig
-from navit.model.corrupt import Corruption
+from navit.model.corrupt import Corruption, colour_classes
 from navit.model.masked import MaskedConfig, MaskedPredictor
 from packer.batch import BatchStats, PackedBatch
 from tests.helpers.batches import RandomImage, pack_images, random_images, with_garbage_in_padding
@@ -220,6 +221,36 @@ def test_a_head_that_knows_the_one_colour_is_always_right() -> None:
         model.head.bias[3] = 6.0
     assert metrics()["masked_accuracy@1"] == 0.0
     assert metrics()["masked_accuracy@5"] == 1.0
+
+
+@pytest.mark.parametrize("changes", [CONFIGS[2], MIXED])
+def test_examples_are_the_images_with_predicted_colours_in_their_hidden_places(
+    changes: dict[str, Any],
+) -> None:
+    model = make_model(torch.float32, **changes, corruption=Corruption(0.5, 1.0, 0.0))
+    images = random_images(5, seed=3, patch_size=(3, 4, 7) if changes is MIXED else 4)
+    batch = keyed(images, list(range(5)), seq_len=40, order=[3, 0, 4, 1, 2])
+    found = model.predict(batch, 0)
+    for i, image in enumerate(images):
+        side, example = image.patch_size, show_image(batch, found, i)
+        assert example.image.shape == (image.grid[0] * side, image.grid[1] * side, 3)
+        fates = reference.fates(0, f"image-{i}", image.positions.tolist(), (0.5, 1.0, 0.0))
+        best = iter(found.logits.argmax(1)[found.image == i].tolist())
+        for patch, (row, col), fate in zip(
+            image.patches, image.positions.tolist(), fates, strict=True
+        ):
+            at = np.s_[row * side : (row + 1) * side, col * side : (col + 1) * side]
+            pixels = patch.view(side, side, 3).numpy()
+            assert (example.image[at] == pixels).all()
+            wanted = class_colour(next(best)) if fate.asked else pixels
+            assert (example.predicted[at] == wanted).all()
+            assert (example.corrupted[at] == (127 if fate.asked else pixels)).all()
+
+
+def test_the_middle_of_a_class_is_of_that_class() -> None:
+    for number in range(512):
+        patch = torch.tensor([class_colour(number)], dtype=torch.uint8)
+        assert colour_classes(patch, 1).item() == number
 
 
 def test_a_pass_without_images_is_no_evaluation() -> None:
