@@ -1,8 +1,10 @@
 """Settings of every test: shape checks, hypothesis profiles."""
 
 import os
+from collections.abc import Generator
 from typing import Any
 
+import pytest
 from beartype import BeartypeConf, beartype
 from hypothesis import HealthCheck, settings
 
@@ -35,3 +37,16 @@ settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.register_profile("all", settings.get_profile("dev"), max_examples=100)  # make test-all
 _profile = os.environ.get("TEST_PROFILE")
 settings.load_profile(_profile or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape what no UTF-8 can hold in captured output, which damaged tars put there.
+
+    Processes that share the tests hand reports over as UTF-8.
+    """
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
