@@ -7,6 +7,7 @@ found out. Source: DVT (arXiv:2105.15075).
 from navit.dvt.collate import StagedCollator
 from navit.dvt.config import DVTConfig
 from navit.dvt.flops import dvt_flops
+from navit.dvt.infer import classify
 from navit.dvt.loss import exits_loss
 from navit.dvt.model import DVT, DVTExits
 from navit.dvt.reuse import reuse_flops
@@ -16,6 +17,7 @@ __all__ = [
     "DVTConfig",
     "DVTExits",
     "StagedCollator",
+    "classify",
     "dvt_flops",
     "exits_loss",
     "reuse_flops",

@@ -157,7 +157,7 @@ class DVT(PretrainedModel[DVTConfig]):
         for part in self._parts(stages) if count else []:
             images, carried = part, None
             for k, stage in enumerate(stages):
-                answers, carried = self._run_stage(k, stage, images, carried)
+                answers, carried = self.run_stage(k, stage, images, carried)
                 # Rows in the order of `images`; what is overwritten later was not sure.
                 logits[to_device(images, device)] = answers.to(logits.dtype)
                 left_at[images] = k
@@ -168,7 +168,7 @@ class DVT(PretrainedModel[DVTConfig]):
                 images = images[waiting]
                 if not len(images):
                     break
-                carried = carried.select(_places(carried.images, images))
+                carried = carried.select(places_of(carried.images, images))
         return DVTExits(logits, to_device(left_at, device))
 
     def _embed(self, batches: Sequence[PackedBatch]) -> list[EmbeddedStage]:
@@ -197,14 +197,25 @@ class DVT(PretrainedModel[DVTConfig]):
         """Run some images through all stages."""
         found, carried = [], None
         for k, stage in enumerate(stages):
-            logits, carried = self._run_stage(k, stage, images, carried)
+            logits, carried = self.run_stage(k, stage, images, carried)
             found.append(logits)
         return tuple(found)
 
-    def _run_stage(
+    def run_stage(
         self, k: int, stage: EmbeddedStage, images: Counts, carried: Carried | None
     ) -> tuple[Float[Tensor, "n C"], Carried]:
-        """Run some images through one stage; the logits come in the order of ``images``."""
+        """Run some images through one stage.
+
+        Args:
+            k: The stage, from 0.
+            stage: Their tokens.
+            images: Which of its images; with relationship reuse all of one grid, and of one grid
+                at the stage before.
+            carried: What the stage before handed on, of these images or more; None at the first.
+
+        Returns:
+            (logits in the order of ``images``, what is handed on).
+        """
         config, tower = self.config, self.tower(k)
         order = images[np.argsort(stage.lengths[images], kind="stable")]
         grids = tuple(stage.grids[image] for image in order.tolist())
@@ -227,7 +238,7 @@ class DVT(PretrainedModel[DVTConfig]):
         added, x = (None, x) if prefix is None else tower.prefix.split(x, prefix)
         answers = self.heads[k](_pool(tower, x, added, plan))
         relations = torch.cat(logits, dim=1) if logits else None
-        answers = answers.index_select(0, to_device(_places(order, images), answers.device))
+        answers = answers.index_select(0, to_device(places_of(order, images), answers.device))
         return answers, Carried(order, grids, x, relations)
 
     def _reused(
@@ -240,7 +251,7 @@ class DVT(PretrainedModel[DVTConfig]):
         reuse = self.reuse[k - 1]
         assert isinstance(reuse, Reuse)
         if len(reuse.blocks):
-            place = _places(carried.images, order)
+            place = places_of(carried.images, order)
             resize = plan_resize(
                 [carried.grids[i] for i in place.tolist()],
                 grids,
@@ -258,7 +269,7 @@ class DVT(PretrainedModel[DVTConfig]):
         return contexts, reuse.relation(carried.logits, carried.grids[0], grids[0])
 
 
-def _places(order: Counts, images: Counts) -> Counts:
+def places_of(order: Counts, images: Counts) -> Counts:
     """Return where each of ``images`` is in ``order``."""
     sorting = np.argsort(order)
     places: Counts = sorting[np.searchsorted(order, images, sorter=sorting)]

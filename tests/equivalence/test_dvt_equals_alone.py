@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from navit.dvt import DVT, DVTConfig
+from navit.dvt import DVT, DVTConfig, StagedCollator, classify
 from navit.model import NaViTConfig
 from navit.model.classifier import Classifier, ClassifierConfig
 from packer.batch import PackedBatch
+from packer.collate import PackingCollator
+from packer.config import PackerConfig
 from tests.helpers.batches import RandomImage, pack_images, with_garbage_in_padding
+from tests.helpers.samples import BROKEN, image_samples
 from tests.helpers.stages import random_grids, stage_images
 from tests.reference.dense_vit import Style
 from tests.reference.dvt import image_logits
@@ -154,3 +158,59 @@ def assert_equal(found: Tensor, expected: Tensor, name: str = "") -> None:
     torch.testing.assert_close(
         found, expected, rtol=1e-10, atol=1e-10 * scale, msg=lambda text: f"{name}: {text}"
     )
+
+
+@pytest.mark.parametrize("changes", [FEATURE, SHARED], ids=["feature", "shared"])
+@settings(max_examples=5, deadline=None)
+@given(
+    count=st.integers(1, 9),
+    seed=st.integers(0, 9999),
+    thresholds=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_packing_the_undecided_alone_gives_the_answers_of_packing_all(
+    changes: dict[str, object], count: int, seed: int, thresholds: tuple[float, float]
+) -> None:
+    model = make_model(changes, MAP)
+    samples = image_samples(count, unit=8, seed=seed)
+    collate = StagedCollator(PackerConfig(patch_size=4, seq_len=30), (2, 6, 20))
+    wanted = model.exits(collate(samples), thresholds)
+
+    found = classify(model, samples, collate, thresholds)
+
+    assert torch.equal(found.stages, wanted.stages)
+    assert_equal(found.logits, wanted.logits)
+
+
+def test_an_image_that_left_is_not_packed_again_and_a_broken_one_has_no_answer() -> None:
+    model = make_model(FEATURE, MAP)
+    samples = image_samples(9, unit=8)
+    samples[4]["image"] = BROKEN
+    collate = StagedCollator(PackerConfig(patch_size=4, seq_len=30), (2, 6, 20))
+    packed: list[list[str]] = []
+
+    def noting(stage: PackingCollator) -> Any:
+        def pack(asked: Sequence[Any]) -> PackedBatch:
+            packed.append([sample["key"] for sample in asked])
+            return stage(asked)
+
+        return pack
+
+    collate.stages = tuple(map(noting, collate.stages))
+    found = classify(model, samples, collate, (0.5, 0.6))
+
+    assert found.stages[4] == -1
+    assert found.logits[4].isnan().all()
+    assert set(found.stages.tolist()) == {-1, 0, 1, 2}
+    keys = [sample["key"] for sample in samples]
+    for stage, asked in enumerate(packed):
+        assert set(asked) == {
+            key
+            for key, left in zip(keys, found.stages.tolist(), strict=True)
+            if left >= stage or (stage == 0 and left == -1)
+        }
+
+    assert classify(model, [], collate, (0.5, 0.6)).stages.shape == (0,)
+    with pytest.raises(ValueError, match="must differ"):
+        classify(model, [samples[0], samples[0]], collate, (0.5, 0.6))
+    with pytest.raises(ValueError, match="one threshold less"):
+        classify(model, samples, collate, (0.5,))
