@@ -193,6 +193,21 @@ class FolderData:
         return dict(positions[0])
 
 
+def image_data(
+    config: TrainConfig,
+    shards: Sequence[str],
+    folder: ImageFolder | None,
+    world: World,
+    *,
+    need: Need,
+    stored: Mapping[str, Any] | None,
+) -> TrainData:
+    """Stream the images of shards, or plan a folder's epochs where there is one."""
+    if folder is not None:
+        return FolderData(config, folder, world, stored=stored)
+    return StreamData(config, shards, world, need=need, tokenizer=None, stored=stored)
+
+
 def make_transform(config: TrainConfig) -> Transform | None:
     """Return the augmentation of a run."""
     steps: list[Transform] = []

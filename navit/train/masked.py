@@ -14,7 +14,7 @@ from navit.evaluate.run import Evaluation
 from navit.label_loss import mean_over_ranks
 from navit.model.masked import MaskedConfig, MaskedPredictor
 from navit.train.config import TrainConfig
-from navit.train.data import FolderData, StreamData, TrainData
+from navit.train.data import TrainData, image_data
 from navit.train.ranks import World
 from navit.train.setup import is_folder_run
 from navit.train.start import start_of_tower
@@ -46,10 +46,7 @@ class MaskedTask:
 
     def make_data(self, shards: Sequence[str], stored: Mapping[str, Any] | None) -> TrainData:
         """Stream the images of the shards, or plan the folder's epochs."""
-        if self.folder is not None:
-            return FolderData(self.config, self.folder, self.world, stored=stored)
-        kind: dict[str, Any] = {"need": "image", "tokenizer": None}
-        return StreamData(self.config, shards, self.world, **kind, stored=stored)
+        return image_data(self.config, shards, self.folder, self.world, need="image", stored=stored)
 
     def loss(
         self, output: Any, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None

@@ -29,7 +29,7 @@ from navit.model.classifier import Classifier, ClassifierConfig
 from navit.model.clip import CLIPOutput
 from navit.model.vision import PretrainedModel
 from navit.train.config import TrainConfig
-from navit.train.data import FolderData, StreamData, TrainData
+from navit.train.data import StreamData, TrainData, image_data
 from navit.train.masked import MaskedTask
 from navit.train.ranks import World, alone
 from navit.train.setup import is_folder_run, tokenizer_of_all
@@ -282,10 +282,7 @@ class ClassifyTask:
 
     def make_data(self, shards: Sequence[str], stored: Mapping[str, Any] | None) -> TrainData:
         """Stream the labelled images of the shards, or plan the folder's epochs."""
-        if self.folder is not None:
-            return FolderData(self.config, self.folder, self.world, stored=stored)
-        kind: dict[str, Any] = {"need": "label", "tokenizer": None}
-        return StreamData(self.config, shards, self.world, **kind, stored=stored)
+        return image_data(self.config, shards, self.folder, self.world, need="label", stored=stored)
 
     def loss(
         self, output: Output, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None

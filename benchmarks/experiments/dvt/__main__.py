@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
+from benchmarks.experiments.command import run_command, settle
 from benchmarks.experiments.dvt.data import draw_objects
 from benchmarks.experiments.dvt.run import ARMS, QUICK, Result, Scale, run_arm
-from benchmarks.experiments.settle import settle
 from benchmarks.harness import environment
 
 TEST_SEED = 1 << 21
 """Of the test images, none of which any setting was chosen on; training images have seed 0."""
+
+PROG = "python -m benchmarks.experiments.dvt"
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,7 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
-    try:
-        options = tyro.cli(Options, args=args, prog="python -m benchmarks.experiments.dvt")
-        _run_all(options)
-    except KeyboardInterrupt:
-        print("interrupted; run the command again to go on.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"python -m benchmarks.experiments.dvt: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(Options, _run_all, args, PROG)
 
 
 def _run_all(options: Options) -> None:
@@ -84,7 +76,7 @@ def write_summary(options: Options, results: Sequence[Result]) -> None:
     note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if options.quick else ""
     (options.folder / "summary.md").write_text(note + format_table(results) + "\n")
     # The harness names its own command.
-    command = " ".join(["python -m benchmarks.experiments.dvt", *sys.argv[1:]])
+    command = " ".join([PROG, *sys.argv[1:]])
     told = {**environment(), "command": command}
     rows = {"environment": told, "results": [asdict(result) for result in results]}
     (options.folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")

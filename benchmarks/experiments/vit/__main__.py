@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
-from benchmarks.experiments.settle import settle
+from benchmarks.experiments.command import run_command, settle
 from benchmarks.experiments.vit.run import QUICK, Name, Result, Scale, ensure_data, stored
 from benchmarks.harness import environment
+
+PROG = "python -m benchmarks.experiments.vit"
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,7 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
-    try:
-        options = tyro.cli(Options, args=args, prog="python -m benchmarks.experiments.vit")
-        _run_all(options)
-    except KeyboardInterrupt:
-        print("interrupted; run the command again to go on.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"python -m benchmarks.experiments.vit: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(Options, _run_all, args, PROG)
 
 
 def _run_all(options: Options) -> None:
@@ -76,7 +68,7 @@ def write_summary(options: Options, results: Sequence[Result]) -> None:
     note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if options.quick else ""
     (options.folder / "summary.md").write_text(note + format_tables(results) + "\n")
     # The harness names its own command.
-    command = " ".join(["python -m benchmarks.experiments.vit", *sys.argv[1:]])
+    command = " ".join([PROG, *sys.argv[1:]])
     told = {**environment(), "command": command}
     rows = {"environment": told, "results": [asdict(result) for result in results]}
     (options.folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
