@@ -74,11 +74,11 @@ Rows = list[dict[str, Any]]
 class Scale:
     """How much is drawn, trained and timed."""
 
-    train: int = 30_000
+    train: int = 20_000
     """Training images."""
     val: int = 20_000
     """Validation images: half solve, half report."""
-    steps: int = 1200
+    steps: int = 900
     """Training steps."""
     sequences: int = 16
     """Sequences of 576 tokens a step."""
@@ -132,7 +132,7 @@ def _run(folder: Path, scale: Scale, picture: Path | None, *, progress: bool) ->
 
 
 def _shares(scale: Scale) -> tuple[float, ...]:
-    return (HALF,) if scale == QUICK else (0.35, HALF, 0.65, 0.8)
+    return (HALF,) if scale == QUICK else (0.35, HALF, 0.65)
 
 
 def half_point(report: CascadeReport) -> CascadePoint:
@@ -231,7 +231,7 @@ def training(train: list[str], val: list[str], scale: Scale) -> TrainConfig:
         workers=0 if quick else 1,
         ema_decay=0.98,
         checkpoint_every=100,
-        eval_every=0 if quick else 200,
+        eval_every=0 if quick else 300,
         flip=0.0,
     )
 
