@@ -57,7 +57,8 @@ def run_report(command: ReportCommand) -> tuple[Path, list[Run]]:
 def format_report(path: Path, runs: Sequence[Run]) -> str:
     """Say what was written, and what the page lacks."""
     lines = [f"{run.name}: {note}" for run in runs for note in run.notes]
-    return "\n".join([*lines, f"{path}  {path.stat().st_size / 1e6:.1f} MB, {len(runs)} runs"])
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    return "\n".join([*lines, f"{path}  {path.stat().st_size / 1e6:.1f} MB, {count}"])
 
 
 def _title(runs: Sequence[Run]) -> str:

@@ -57,6 +57,7 @@ def build_page(
         _cost(runs),
         pictures("Packed batches", runs, "packing", _PACKING) if show_pictures else "",
         pictures("Retrieval examples", runs, "retrieval", _RETRIEVAL) if show_pictures else "",
+        pictures("Masked patches", runs, "masked", _MASKED) if show_pictures else "",
         table("Samples", runs, [*stats_rows(runs), *skipped_rows(runs)], caption=_SAMPLES),
         _settings(runs),
     ]
@@ -91,6 +92,10 @@ _PACKING = (
 _RETRIEVAL = (
     "Captions of the validation set, spread evenly and not chosen by their result, with the images "
     "nearest to them at the end of each run."
+)
+_MASKED = (
+    "The first images of the validation set: as they are, with their corrupted patches in grey, "
+    "and with the mean colours predicted for those at the end of each run."
 )
 _SAMPLES = "Shares are of all token places (padding) and of all tokens (dropped)."
 _FOOTER = "Made by navit report from the run folders alone."

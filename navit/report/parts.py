@@ -54,7 +54,9 @@ def notes(runs: Sequence[Run]) -> str:
 
 
 def pictures(heading: str, runs: Sequence[Run], kind: str, about: str) -> str:
-    """Show one kind of drawing of every run; runs without it are named."""
+    """Show one kind of drawing of every run; runs without it are named, all without it are not."""
+    if not any(kind in run.pictures for run in runs):
+        return ""
     figures = []
     for i, run in enumerate(runs):
         path = run.pictures.get(kind)

@@ -249,9 +249,10 @@ def _with_notes(run: Run, notes: list[str]) -> Run:
     if run.train and "hours" not in run.progress.amounts:
         notes.append("there are no rates yet: hours and tokens are unknown.")
     for kind, file in PICTURES.items():
-        wanted = kind == "packing" or run.config.get("task", "contrastive") == "contrastive"
+        task = {"retrieval": "contrastive", "masked": "masked"}.get(kind)
+        wanted = task is None or run.config.get("task", "contrastive") == task
         if wanted and kind not in run.pictures:
-            why = " (drawn when a run with validation shards ends)" if kind == "retrieval" else ""
+            why = "" if task is None else " (drawn when a run with validation shards ends)"
             notes.append(f"{file} is missing{why}.")
     if run.config and run.parameters is None:
         notes.append("config.json is of another version: the number of parameters is unknown.")

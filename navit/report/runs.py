@@ -18,7 +18,7 @@ AXES: dict[Axis, str] = {
     "hours": "hours of steps",
 }
 """What a curve can be drawn against, with its name on the page."""
-PICTURES = {"packing": "packing.png", "retrieval": "retrieval.png"}
+PICTURES = {"packing": "packing.png", "retrieval": "retrieval.png", "masked": "masked.png"}
 
 
 @dataclass(frozen=True)
