@@ -115,8 +115,9 @@ def _split_preset(args: Sequence[str], names: tuple[str, ...]) -> tuple[str, Seq
     """Take the run's name off the front; without one, task or shards say which is meant."""
     if args and args[0] in names:
         return args[0], args[1:]
-    if "--task=classify" in args or ("--task", "classify") in pairwise(args):
-        return "classify", args
+    for task in ("classify", "masked"):
+        if f"--task={task}" in args or ("--task", task) in pairwise(args):
+            return task, args
     named = any(arg.split("=")[0] == "--shards" for arg in args)
     return ("pairs" if named else "demo"), args
 

@@ -67,6 +67,25 @@ class ImageFolder:
             )
         return cls(root, names, files)
 
+    @classmethod
+    def unlabelled(cls, root: str | Path) -> "ImageFolder":
+        """List the images below a folder, whatever its subfolders are: all are of one class.
+
+        Raises:
+            ValueError: If there is no image.
+        """
+        root = Path(root)
+        files = tuple(
+            (path.relative_to(root).as_posix(), 0)
+            for path in sorted(root.rglob("*"))
+            if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+        )
+        if not files:
+            raise ValueError(
+                f"{root} must hold images; it holds none ending in {', '.join(IMAGE_EXTENSIONS)}."
+            )
+        return cls(root, ("",), files)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """Key of each image, its path below `root`."""
@@ -113,6 +132,18 @@ class ImageFolder:
                 sizes.append((info.size.height, info.size.width))
         folder = ImageFolder(self.root, self.classes, tuple(kept))
         return folder, np.array(sizes, np.int64).reshape(-1, 2), dict(skipped)
+
+
+def is_flat_folder(path: str | Path) -> bool:
+    """Whether a path is a folder with images right in it and without tar shards."""
+    path = Path(path)
+    return (
+        path.is_dir()
+        and not any(path.glob("*.tar"))
+        and any(
+            item.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS for item in path.iterdir()
+        )
+    )
 
 
 def is_image_folder(path: str | Path) -> bool:

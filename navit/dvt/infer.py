@@ -17,7 +17,7 @@ from navit.dvt.model import DVT, Carried, DVTExits, places_of
 from navit.dvt.resample import Counts, Grid
 from navit.model.attention import to_device
 from packer.errors import SkipSample
-from packer.sample import as_sample
+from packer.sample import Sample, as_sample
 
 
 @torch.inference_mode()
@@ -42,27 +42,38 @@ def classify(
         and logits of NaN; one that breaks only at a later stage keeps the answer it had.
 
     Raises:
-        ValueError: If there is not one threshold less than stages, or two samples share a key.
+        ValueError: If there is not one threshold less than stages, more stages than the model has,
+            or two samples share a key.
     """
+    if len(collate.stages) > model.config.num_stages:
+        raise ValueError(
+            f"the model has {model.config.num_stages} stages, and as many budgets at most can be "
+            f"packed; got {len(collate.stages)}."
+        )
     if len(thresholds) != len(collate.stages) - 1:
         raise ValueError(
             f"There must be one threshold less than stages; got {len(thresholds)} for "
             f"{len(collate.stages)}."
         )
-    run = _Run(model, samples)
+    read = [_read(sample, collate.stages[0].config.max_pixels) for sample in samples]
+    run = _Run(model, read)
     waiting: list[tuple[Counts, Carried | None]] = [(np.arange(len(samples)), None)]
     for k, pack in enumerate(collate.stages):
         places = np.concatenate([images for images, _ in waiting] or [np.arange(0)])
-        batch = pack([samples[i] for i in places.tolist()])
+        batch = pack([read[i] for i in places.tolist()])
         if not batch.num_images:
             break
         present = np.asarray([run.place[key] for key in batch.keys], dtype=np.int64)
         tower = model.tower(k)
         stage = _spread(embed_stage(tower, batch.to(run.device)), present, len(samples))
-        parts = [part for each in waiting for part in run.parts(stage, np.sort(present), *each)]
-        threshold = thresholds[k] if k < len(thresholds) else 0.0
-        waiting = [left for part in parts if (left := run.answer(k, stage, *part, threshold))]
-        if not waiting:
+        threshold = (*thresholds, 0.0)[k]
+        waiting = [
+            left
+            for images, carried in waiting
+            for part in run.parts(stage, present, images, carried)
+            if (left := run.answer(k, stage, *part, threshold))
+        ]
+        if not waiting or k == len(thresholds):
             break
     return DVTExits(run.logits, to_device(run.stages, run.device))
 
@@ -70,7 +81,7 @@ def classify(
 class _Run:
     """Answers so far, and how images are run."""
 
-    def __init__(self, model: DVT, samples: Sequence[Any]) -> None:
+    def __init__(self, model: DVT, samples: Sequence[Sample | None]) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.logits = torch.full(
@@ -79,14 +90,10 @@ class _Run:
         self.stages = np.full(len(samples), -1, dtype=np.int64)
         self.place: dict[str, int] = {}
         for i, sample in enumerate(samples):
-            try:
-                key = as_sample(sample).key
-            except SkipSample:
-                continue  # counted where it is packed
-            if self.place.setdefault(key, i) != i:
+            if sample is not None and self.place.setdefault(sample.key, i) != i:
                 raise ValueError(
-                    f"the keys of samples must differ, to know whose answer is whose; got {key!r} "
-                    "twice. Give each its own key."
+                    "the keys of samples must differ, to know whose answer is whose; got "
+                    f"{sample.key!r} twice. Give each its own key."
                 )
 
     def parts(
@@ -120,10 +127,18 @@ class _Run:
         answers, handed = self.model.run_stage(k, stage, images, carried)
         self.logits[to_device(images, self.device)] = answers.to(self.logits.dtype)
         self.stages[images] = k
-        unsure: Tensor = answers.softmax(-1).amax(-1) < threshold
-        left = images[unsure.cpu().numpy()]
+        sure: Tensor = answers.softmax(-1).amax(-1) >= threshold
+        left = images[~sure.cpu().numpy()]  # NaN goes on
         selected = _of(handed, left)
         return (left, selected) if len(left) and selected is not None else None
+
+
+def _read(sample: Any, max_pixels: int) -> Sample | None:
+    """Read a sample's file and key once for all stages; None, which packing counts, if it fails."""
+    try:
+        return as_sample(sample, max_pixels=max_pixels)
+    except SkipSample:
+        return None
 
 
 def _of(carried: Carried | None, images: Counts) -> Carried | None:

@@ -15,7 +15,7 @@ from navit.model.classifier import Classifier
 from packer.batch import BatchStats, PackedBatch
 from packer.config import PackerConfig
 from packer.dataset import PackedDataset
-from packer.folder import ImageFolder, is_image_folder
+from packer.folder import ImageFolder, is_flat_folder, is_image_folder
 from packer.shards import expand_shards
 from packer.stream import PackedStream
 
@@ -33,14 +33,20 @@ def image_pass(
     """Return one pass over images, in packed batches.
 
     Args:
-        source: Tar shards, or one folder with one subfolder a class.
+        source: Tar shards, or one folder with one subfolder a class; without labels any folder.
         config: Packing of the training run; cropping, dropping and resolution sampling are off.
         sequences_per_batch: B.
-        need: "label" skips images of shards without one, "image" leaves labels out.
+        need: "label" skips images of shards without one, "image" reads none.
         classes: Names of a folder's classes, in the order of their labels; None: its subfolders,
             sorted.
     """
     packing = evaluation_packing(config)
+    if (
+        len(source) == 1
+        and need == "image"
+        and (is_flat_folder(source[0]) or is_image_folder(source[0]))
+    ):
+        return folder_pass(ImageFolder.unlabelled(source[0]), packing, sequences_per_batch)
     if len(source) == 1 and is_image_folder(source[0]):
         return folder_pass(ImageFolder.read(source[0], classes), packing, sequences_per_batch)
     return PackedStream(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from navit.evaluate.classify import hits_at
 from navit.evaluate.encode import evaluating, inference
 from navit.evaluate.run import Evaluation, MaskedExample
 from navit.model.corrupt import COLOURS
@@ -54,18 +55,19 @@ def evaluate_masked(
             stats = stats + batch.stats
             if batch.num_images:
                 found = model.predict(batch.to(device), EVALUATION_SEED)
-                best = found.logits.topk(max(hits)).indices == found.colours[:, None]
+                logits, colours = found.logits.float().cpu(), found.colours.cpu()
                 for k in hits:
-                    hits[k] += int(best[:, :k].sum())
-                counts += torch.bincount(found.colours.cpu(), minlength=COLOURS)
+                    hits[k] += int(hits_at(logits, colours, k).sum())
+                counts += torch.bincount(colours, minlength=COLOURS)
                 loss += float(found.losses().sum())
                 for image in range(min(batch.num_images, EXAMPLES - len(examples))):
                     examples.append(show_image(batch, found, image))
     asked = int(counts.sum())
     if not asked:
         raise ValueError(
-            f"the validation data must hold images with corrupted patches; {stats.samples_read} "
-            f"samples were read and skipped: {dict(stats.skipped)}. Check the shards or the folder."
+            f"the validation data must hold images with corrupted patches; of {stats.samples_read} "
+            f"samples {stats.images} were used, and skipped: {dict(stats.skipped)}. Check the "
+            "shards or the folder."
         )
     metrics = {f"masked_accuracy@{k}": hits[k] / asked for k in hits}
     metrics["chance/masked_accuracy@1"] = int(counts.max()) / asked

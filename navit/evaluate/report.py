@@ -142,8 +142,8 @@ def _metric_lines(
         yield _row("the model's own classes", _of_classes(metrics, "", ""))
         yield _row("  chance", [_share(metrics["chance/accuracy@1"]), "", ""])
     if "masked_accuracy@1" in metrics:
-        yield _row(f"colours of masked patches, {title}", ("top 1", "top 5"))
-        yield _row("predicted", [_share(metrics[f"masked_accuracy@{k}"]) for k in (1, 5)])
+        yield _row(f"masked patches, {title}", ("top 1", "top 5"))
+        yield _row("colours told", [_share(metrics[f"masked_accuracy@{k}"]) for k in (1, 5)])
         yield _row("  the most frequent", [_share(metrics["chance/masked_accuracy@1"]), ""])
     for name in set_names(metrics):
         counts = classes.get(name, {})

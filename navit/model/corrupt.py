@@ -1,7 +1,8 @@
 """Which patches masked prediction corrupts, how, and the colour classes it asks for.
 
-A patch's fate follows from (the step's seed, the image's key, its place in the image's grid) alone:
-it is the same whatever the image is packed with, whichever tokens were dropped, and on any device.
+Whether and how a patch is corrupted follows from (a seed, its image's key, its place in the grid)
+alone: it is the same whatever the image is packed with, whichever tokens were dropped, and on any
+device. The patch that stands in another's place is drawn from those that were kept.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ import torch
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 from torch import Tensor
 
+from navit.model.config import ModelConfig
+
 COLOURS = 512
 """Classes of a patch's mean colour: 3 bits a channel."""
 _BITS = 3
 
 
 @dataclass(frozen=True)
-class Corruption:
+class Corruption(ModelConfig):
     """Shares of patches that are corrupted, and of these how many in which way.
 
     Source: ViT (arXiv:2010.11929), appendix B.1.2, after BERT (arXiv:1810.04805), section 3.1.
@@ -54,19 +57,18 @@ class Corrupted(NamedTuple):
     """Token whose embedding stands in each token's place: its own but for those swapped."""
 
 
-def key_seeds(seed: int, keys: Sequence[str]) -> Int64[Tensor, " N"]:
-    """Return 64 random bits for each image, from the step's seed (below 2**64) and its key."""
-    salt = seed.to_bytes(8, "little")
+def key_bits(keys: Sequence[str]) -> Int64[np.ndarray, " N"]:
+    """Return 64 random bits for each image, from its key."""
     digests = (
-        blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, salt=salt).digest()
-        for key in keys
+        blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys
     )
-    return torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").astype(np.int64))
+    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
 
 def draw_corruption(
     config: Corruption,
-    seeds: Int64[Tensor, " N"],
+    seed: Int64[Tensor, ""],
+    bits: Int64[Tensor, " N"],
     image: Int64[Tensor, " T"],
     lengths: Int64[Tensor, " N"],
     starts: Int64[Tensor, " N"],
@@ -76,20 +78,21 @@ def draw_corruption(
 
     Args:
         config: The shares.
-        seeds: 64 bits of each image, see `key_seeds`.
+        seed: Another one, another corruption of the same images.
+        bits: 64 of each image, see `key_bits`.
         image: Which of the N images each token is of; an image's tokens lie together.
         lengths: Tokens of each image.
         starts: Place of the first of them.
         positions: (row, col) of each token.
     """
     rows, cols = positions.long().unbind(1)
-    bits = _mix(seeds[image] ^ _mix((rows << 32) | cols))
-    fate = _uniform(bits)
+    draws = _mix(_mix(bits ^ _mix(seed))[image] ^ _mix((rows << 32) | cols))
+    fate = _uniform(draws)
     masked, swapped = (config.share * x for x in (config.mask, config.mask + config.swap))
     place = torch.arange(len(image), device=image.device)
     length, start = lengths[image], starts[image]
     # One of the others; of a single token there is none, and it stays.
-    step = 1 + (_uniform(_mix(bits)) * (length - 1)).long()
+    step = 1 + (_uniform(_mix(draws)) * (length - 1)).long()
     other = start + (place - start + step) % length
     return Corrupted(
         asked=fate < config.share,
@@ -119,14 +122,14 @@ def colour_classes(
     return (red << (2 * _BITS)) | (green << _BITS) | blue
 
 
-def _mix(x: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+def _mix(x: Int64[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
     """Scramble 64 bits: MurmurHash3's finaliser, whose steps can all be undone."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         x = (x ^ _shifted(x, 33)) * (factor - (1 << 64))  # as a signed number; products wrap
     return x ^ _shifted(x, 33)
 
 
-def _shifted(x: Int64[Tensor, " n"], bits: int) -> Int64[Tensor, " n"]:
+def _shifted(x: Int64[Tensor, "*n"], bits: int) -> Int64[Tensor, "*n"]:
     """Shift right, zeros from the left."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 

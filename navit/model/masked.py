@@ -18,7 +18,7 @@ from navit.model.corrupt import (
     Corruption,
     colour_classes,
     draw_corruption,
-    key_seeds,
+    key_bits,
 )
 from navit.model.vision import NaViT, PretrainedModel, TokenPlan, gather_positions
 from packer.batch import PackedBatch
@@ -34,6 +34,8 @@ class MaskedConfig(ModelConfig):
     """The image tower."""
     corruption: Corruption = field(default_factory=Corruption)
     """Shares of corrupted patches."""
+    seed: int = 0
+    """Of the corruption in training, with the number of steps."""
 
     def __post_init__(self) -> None:
         if self.vision.stem is not None:
@@ -50,13 +52,13 @@ class MaskedConfig(ModelConfig):
         if isinstance(values.get("vision"), Mapping):
             made["vision"] = NaViTConfig.from_dict(values["vision"])
         if isinstance(values.get("corruption"), Mapping):
-            made["corruption"] = Corruption(**values["corruption"])
+            made["corruption"] = Corruption.from_dict(values["corruption"])
         return super().from_dict(made)
 
 
 @dataclass(frozen=True)
 class MaskedOutput:
-    """Predictions for the K corrupted patches of a batch of N images, images in no fixed order."""
+    """Predictions for the K corrupted patches of a batch of N images, sorted by images' lengths."""
 
     logits: Float[Tensor, "K 512"]
     """Scores of the colours, float32 or better."""
@@ -72,9 +74,9 @@ class MaskedOutput:
     def losses(self) -> Float[Tensor, " N"]:
         """Return each image's mean cross entropy over its corrupted patches; 0 without any."""
         each = F.cross_entropy(self.logits, self.colours, reduction="none")
-        counts = torch.bincount(self.image, minlength=self.num_images).clamp(min=1)
-        sums = each.new_zeros(self.num_images).index_add(0, self.image, each)
-        return sums / counts
+        nothing = each.new_zeros(self.num_images)  # bincount would wait for the device
+        counts = nothing.index_add(0, self.image, torch.ones_like(each))
+        return nothing.index_add(0, self.image, each) / counts.clamp(min=1)
 
 
 class MaskedPredictor(PretrainedModel[MaskedConfig]):
@@ -83,6 +85,9 @@ class MaskedPredictor(PretrainedModel[MaskedConfig]):
     Patches are corrupted after they are embedded and before positions are added, so a masked one is
     known by its place. An image's loss, and its gradients, are the same packed with any others or
     alone.
+
+    In training a patch's fate follows from the seed, the number of steps taken (`after_step`), its
+    image's key and its place: not from rank, batch or accumulation.
 
     The tower's pooling is not used and keeps its first weights; train it with what comes after.
 
@@ -98,6 +103,8 @@ class MaskedPredictor(PretrainedModel[MaskedConfig]):
         if self.vision.pool is not None:  # DDP waits for every weight that could have a gradient
             self.vision.pool.requires_grad_(requires_grad=False)
         self.mask_embed = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.head = nn.Linear(width, COLOURS)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -109,31 +116,40 @@ class MaskedPredictor(PretrainedModel[MaskedConfig]):
     def forward(self, batch: PackedBatch) -> Float[Tensor, " N"]:
         """Return the loss of each image, in the order of the batch's keys.
 
-        In training the corruption is a new one every time, drawn from torch's generator on the CPU;
-        in evaluation always the same.
+        In training each step has a corruption of its own; in evaluation it is always the same.
         """
-        seed = int(torch.randint(2**62, ())) if self.training else 0
-        return self.predict(batch, seed).losses()
+        return self.predict(batch, self.step_seed() if self.training else 0).losses()
 
-    def predict(self, batch: PackedBatch, seed: int) -> MaskedOutput:
+    def step_seed(self) -> Int64[Tensor, ""]:
+        """Return the seed of the present step, which no other step or evaluation has."""
+        return ((self.config.seed % 2**31 << 32) + 1) + self.steps
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Draw another corruption from now on."""
+        self.steps += 1
+
+    def predict(self, batch: PackedBatch, seed: int | Int64[Tensor, ""]) -> MaskedOutput:
         """Predict the colours of the patches a seed corrupts.
 
-        Finding them waits for the device.
+        Finding them waits for the device, before the blocks are asked for.
 
         Raises:
             ValueError: As `NaViT.forward`.
         """
-        fates: list[tuple[Corrupted, Tensor]] = []
+        device = batch.patches.device
+        seed = seed.to(device) if isinstance(seed, Tensor) else torch.tensor(seed).to(device)
+        found: list[tuple[Tensor, Tensor]] = []
 
         def corrupt(x: Tensor, plan: TokenPlan) -> Tensor:
             fate, image = self._fates(batch, plan, seed)
-            fates.append((fate, image))
+            asked = fate.asked.nonzero().squeeze(1)
+            found.append((asked, image.index_select(0, asked)))
             mixed = x.index_select(0, fate.source)
             return torch.where(fate.masked[:, None], self.mask_embed.to(x.dtype), mixed)
 
         output = self.vision(batch, edit=corrupt)
-        [(fate, image)] = fates
-        asked = fate.asked.nonzero().squeeze(1)
+        [(asked, image)] = found
         tokens = output.packed_tokens.index_select(0, asked)
         if self.config.vision.norm_after_pool:
             tokens = self.vision.norm(tokens)
@@ -141,23 +157,26 @@ class MaskedPredictor(PretrainedModel[MaskedConfig]):
         return MaskedOutput(
             logits=logits.to(torch.promote_types(logits.dtype, torch.float32)),
             colours=_colours(batch, output.plan, asked),
-            image=image.index_select(0, asked),
+            image=image,
             places=output.plan.token_index.index_select(0, asked),
             num_images=batch.num_images,
         )
 
-    def _fates(self, batch: PackedBatch, plan: TokenPlan, seed: int) -> tuple[Corrupted, Tensor]:
+    def _fates(
+        self, batch: PackedBatch, plan: TokenPlan, seed: Int64[Tensor, ""]
+    ) -> tuple[Corrupted, Int64[Tensor, " T"]]:
         """Decide the fate of the tokens; return it and which image each is of."""
         device = batch.patches.device
         lengths = np.asarray(plan.attention.lengths, dtype=np.int64)
         segment = to_device(np.repeat(np.arange(len(lengths)), lengths), device)
-        # Lengths and starts are those of the sorted segments: seeds and images follow them.
+        # Lengths and starts are those of the sorted segments: bits and images follow them.
         order = torch.empty_like(plan.image_place)
         order[plan.image_place] = torch.arange(len(order), device=device)
-        seeds = key_seeds(seed, batch.keys).to(device, non_blocking=True)
+        bits = to_device(key_bits(batch.keys), device)
         fate = draw_corruption(
             self.config.corruption,
-            seeds[order],
+            seed,
+            bits[order],
             segment,
             to_device(lengths, device),
             to_device(np.cumsum(lengths) - lengths, device),

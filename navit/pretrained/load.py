@@ -8,6 +8,7 @@ from torch import nn
 
 from navit.model.classifier import Classifier
 from navit.model.clip import CLIP
+from navit.model.masked import MaskedPredictor
 from navit.model.vision import CONFIG_FILE, NaViT
 from navit.pretrained.clip import load_clip, load_clip_clip
 from navit.pretrained.flexivit import load_flexivit
@@ -24,6 +25,7 @@ _OURS: dict[str, Callable[[Path], NaViT | CLIP]] = {
     "NaViT": NaViT.from_pretrained,
     "CLIP": CLIP.from_pretrained,
     "Classifier": lambda folder: Classifier.from_pretrained(folder).vision,
+    "MaskedPredictor": lambda folder: MaskedPredictor.from_pretrained(folder).vision,
 }
 _THEIRS: dict[str, Callable[[str | Path | nn.Module], NaViT | CLIP]] = {
     "siglip2": load_siglip2_clip,
@@ -44,7 +46,8 @@ def load(source: str | Path | nn.Module) -> NaViT | CLIP:
             config.json; a hub id; a .npz file of big_vision; or a model of transformers or timm.
 
     Returns:
-        `CLIP` where there are two towers, `NaViT` where there is one; of a `Classifier` its tower.
+        `CLIP` where there are two towers, `NaViT` where there is one; of a `Classifier` or a
+        `MaskedPredictor` its tower.
 
     Raises:
         FileNotFoundError: If a folder or one of its files is missing.

@@ -65,7 +65,7 @@ class TrainConfig:
     not a teacher's forward pass.)"""
     shards: tuple[str, ...] = ()
     """Training shards: tar files or brace ranges; empty: the demonstration set, made if missing.
-    Without captions also a folder with one subfolder a class."""
+    To classify also a folder with one subfolder a class, for "masked" any folder of images."""
     val: tuple[str, ...] = ()
     """Validation shards; empty with `shards`: no evaluation."""
     run: Path | None = None

@@ -33,14 +33,16 @@ class MaskedTask:
 
     def __init__(self, config: TrainConfig, train_shards: Sequence[str], world: World) -> None:
         self.world = world
-        self.folder = ImageFolder.read(train_shards[0]) if is_folder_run(config) else None
+        self.folder = ImageFolder.unlabelled(train_shards[0]) if is_folder_run(config) else None
         self.source = f"{len(train_shards)} shards"
         if self.folder is not None:
             self.source = f"{len(self.folder):,} images"
         vision, weights = start_of_tower(config)
+        if vision.pool != "mean":
+            self.source += f", pooling {vision.pool!r} not trained"
         self.config = replace(config, model=replace(config.model, vision=vision))
         torch.manual_seed(config.seed)
-        self.model = MaskedPredictor(MaskedConfig(vision, config.corruption))
+        self.model = MaskedPredictor(MaskedConfig(vision, config.corruption, config.seed))
         if weights is not None:
             self.model.vision.load_state_dict(weights)
 
@@ -56,7 +58,8 @@ class MaskedTask:
         return mean_over_ranks(output.sum(), len(output), group)
 
     def after_step(self) -> None:
-        """Nothing is bounded."""
+        """Corrupt other patches from now on."""
+        self.model.after_step()
 
     def evaluate(
         self,

@@ -63,8 +63,8 @@ class Trained:
             return evaluate_classifier(model, batches, **how)
         if isinstance(model, NaViT):
             raise ValueError(
-                "a run of task 'masked' leaves an image tower, without classes or texts; probe it: "
-                "navit evaluate RUN --shards ..."
+                "a run of task 'masked' leaves an image tower, without classes or texts; probe it "
+                "with labelled images: navit evaluate RUN --shards ... --train-shards ..."
             )
         assert self.tokenizer is not None, "a CLIP is stored with its tokenizer"
         how["train_metadata"] = train_metadata
@@ -116,7 +116,7 @@ def load_trained(path: Path, *, averaged: bool = True) -> Trained:
         if (folder / CLASSES_FILE).exists():
             classes = tuple((folder / CLASSES_FILE).read_text().splitlines())
     elif config.task == "masked":
-        model = MaskedPredictor(MaskedConfig(config.model.vision, config.corruption))
+        model = MaskedPredictor(MaskedConfig(config.model.vision, config.corruption, config.seed))
     else:
         model = CLIP(config.model)
         tokenizer = CaptionTokenizer.from_file(folder / "tokenizer.json")

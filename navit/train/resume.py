@@ -9,7 +9,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from navit.serialize import from_plain, to_plain
 from navit.train.checkpoint import TensorInfo
+from navit.train.config import TrainConfig
 from navit.train.optim import Optimizers
 from navit.train.ranks import World
 
@@ -38,6 +40,16 @@ def check_same_run(stored: Any, given: Any, path: Path) -> None:
             f"{'; '.join(differing)}. Give the run's settings (they are in its config.json), or "
             "start a new run."
         )
+
+
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Give settings that did not exist when a checkpoint was written their defaults.
+
+    Raises:
+        ValueError: If it has settings that do not exist any more.
+    """
+    plain: dict[str, Any] = to_plain(from_plain(TrainConfig, stored))
+    return plain
 
 
 def _differences(a: Any, b: Any, name: str) -> list[tuple[str, Any, Any]]:

@@ -14,7 +14,7 @@ from navit.train.stops import from_main
 from packer.captions import CaptionTokenizer
 from packer.demo import ensure_demo
 from packer.errors import SkipSample
-from packer.folder import is_image_folder
+from packer.folder import is_flat_folder, is_image_folder
 from packer.shards import expand_shards, iter_shard, sample_from_raw
 
 DEMO_FOLDER = Path("data/demo")
@@ -78,12 +78,12 @@ def resolve_shards(config: TrainConfig) -> tuple[list[str], list[str]]:
 
 
 def is_folder_run(config: TrainConfig) -> bool:
-    """Whether a run is over the images of a folder with one subfolder a class."""
-    return (
-        config.task != "contrastive"
-        and len(config.shards) == 1
-        and is_image_folder(config.shards[0])
-    )
+    """Whether a run is over the images of a folder: to classify with one subfolder a class."""
+    if config.task == "contrastive" or len(config.shards) != 1:
+        return False
+    if config.task == "masked":
+        return is_flat_folder(config.shards[0]) or is_image_folder(config.shards[0])
+    return is_image_folder(config.shards[0])
 
 
 def resolve_device(config: TrainConfig) -> torch.device:

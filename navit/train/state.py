@@ -25,6 +25,7 @@ from navit.train.resume import (
     optimizer_targets,
     random_state,
     seed_rank,
+    with_defaults,
 )
 from navit.train.stops import from_main
 from navit.train.tasks import Task
@@ -115,7 +116,7 @@ class TrainState:
     def _restore(self, path: Path) -> Mapping[str, Any]:
         """Read a checkpoint; return the stored position in the data."""
         state = read_state(path)
-        check_same_run(state["config"], to_plain(self.config), path)
+        check_same_run(with_defaults(state["config"]), to_plain(self.config), path)
         tokenizer = self.task.tokenizer
         if tokenizer is not None and state["tokenizer"] != tokenizer.hash:
             raise ValueError(

@@ -160,17 +160,21 @@ def assert_equal(found: Tensor, expected: Tensor, name: str = "") -> None:
     )
 
 
-@pytest.mark.parametrize("changes", [FEATURE, SHARED], ids=["feature", "shared"])
-@settings(max_examples=5, deadline=None)
+@MODELS
+@settings(max_examples=3, deadline=None)
 @given(
     count=st.integers(1, 9),
     seed=st.integers(0, 9999),
     thresholds=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 def test_packing_the_undecided_alone_gives_the_answers_of_packing_all(
-    changes: dict[str, object], count: int, seed: int, thresholds: tuple[float, float]
+    changes: dict[str, object],
+    tower: dict[str, object],
+    count: int,
+    seed: int,
+    thresholds: tuple[float, float],
 ) -> None:
-    model = make_model(changes, MAP)
+    model = make_model(changes, tower)
     samples = image_samples(count, unit=8, seed=seed)
     collate = StagedCollator(PackerConfig(patch_size=4, seq_len=30), (2, 6, 20))
     wanted = model.exits(collate(samples), thresholds)
@@ -188,14 +192,12 @@ def test_an_image_that_left_is_not_packed_again_and_a_broken_one_has_no_answer()
     collate = StagedCollator(PackerConfig(patch_size=4, seq_len=30), (2, 6, 20))
     packed: list[list[str]] = []
 
-    def noting(stage: PackingCollator) -> Any:
-        def pack(asked: Sequence[Any]) -> PackedBatch:
-            packed.append([sample["key"] for sample in asked])
-            return stage(asked)
+    class Noting(PackingCollator):
+        def __call__(self, samples: Sequence[Any]) -> PackedBatch:
+            packed.append([sample.key for sample in samples])
+            return super().__call__(samples)
 
-        return pack
-
-    collate.stages = tuple(map(noting, collate.stages))
+    collate.stages = tuple(Noting(stage.config) for stage in collate.stages)
     found = classify(model, samples, collate, (0.5, 0.6))
 
     assert found.stages[4] == -1
@@ -210,6 +212,17 @@ def test_an_image_that_left_is_not_packed_again_and_a_broken_one_has_no_answer()
         }
 
     assert classify(model, [], collate, (0.5, 0.6)).stages.shape == (0,)
+    two = StagedCollator(PackerConfig(patch_size=4, seq_len=30), (2, 6))
+    first_two = classify(model, samples, two, (0.5,))
+    assert torch.equal(first_two.stages, found.stages.clamp(max=1))
+    with torch.no_grad():  # an exit that is not finite is sure of nothing
+        model.heads[0].bias.fill_(torch.nan)
+    lost = classify(model, samples, collate, (0.5, 0.6))
+    assert set(lost.stages.tolist()) == {-1, 1, 2}
+    assert lost.logits[lost.stages >= 0].isfinite().all()
+    many = StagedCollator(PackerConfig(patch_size=4, seq_len=30), (2, 6, 12, 20))
+    with pytest.raises(ValueError, match="the model has 3 stages"):
+        classify(model, samples, many, (0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="must differ"):
         classify(model, [samples[0], samples[0]], collate, (0.5, 0.6))
     with pytest.raises(ValueError, match="one threshold less"):

@@ -133,7 +133,6 @@ def make_task(case: Case) -> AnyTask:
             task = ClassifyTask(config, ["none.tar"], alone(CPU))
         elif config.task == "masked":
             task = MaskedTask(config, ["none.tar"], alone(CPU))
-            task.model.eval()  # else each batch is corrupted anew, whatever its images
         else:
             task = ContrastiveTask(config, Path(run), [], alone(CPU))
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 
 from navit import NaViT
 from navit.train.restore import load_trained
+from tests.helpers.samples import png
 from tests.pipeline.test_classify_pipeline import DATA, SHAPE, coloured, losses, navit
 
 RUN = (
@@ -37,7 +38,7 @@ def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
     run = tmp_path_factory.mktemp("runs") / "whole"
     done = navit(*train(shards, run, steps=40))
     assert done.returncode == 0, done.stderr
-    assert "colours of masked patches, 30 images" in done.stdout
+    assert "masked patches, 30 images" in done.stdout
     return run
 
 
@@ -49,6 +50,7 @@ def train(shards: tuple[str, str], run: Path, *, steps: int, task: str = "masked
 
 def test_a_run_learns_the_colours(trained: Path) -> None:
     """Every image is of one colour and noise, so its visible patches tell the hidden ones."""
+    assert (trained / "masked.png").stat().st_size > 10_000
     metrics = json.loads((trained / "result.json").read_text())["metrics"]
     assert metrics["masked_accuracy@1"] > metrics["chance/masked_accuracy@1"] + 0.1
     assert losses(trained)[-1] < 0.6 * losses(trained)[0]
@@ -90,3 +92,17 @@ def test_its_tower_is_probed_and_fine_tuned(
     after = tuned.vision.state_dict()
     for name, value in before.items():  # one step away from it
         torch.testing.assert_close(after[name], value, rtol=0, atol=0.05, msg=name)
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_is_enough(tmp_path: Path) -> None:
+    """Flat or with subfolders, whose names mean nothing."""
+    for name in ("a.png", "b.png", "below/c.png", "below/d.png", "below/e.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(24, 32, seed=len(name)))
+    images = (str(tmp_path / "images"), str(tmp_path / "images" / "below"))
+    done = navit(*train(images, tmp_path / "run", steps=2))
+    assert done.returncode == 0, done.stderr
+    assert "masked patches, 3 images" in done.stdout
+    assert "5 images" in done.stderr

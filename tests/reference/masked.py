@@ -39,8 +39,8 @@ def fates(
     seed: int, key: str, positions: list[list[int]], shares: tuple[float, float, float]
 ) -> list[Fate]:
     """Decide over the tokens of an image; shares are those corrupted, then masked, then swapped."""
-    digest = blake2b(key.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
-    word, count, found = int.from_bytes(digest, "little"), len(positions), []
+    word = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little")
+    word, count, found = mix(word ^ mix(seed)), len(positions), []
     share, mask, swap = shares
     for i, (row, col) in enumerate(positions):
         bits = mix(word ^ mix((row << 32) | col))

@@ -15,7 +15,7 @@ from navit.model.corrupt import (
     Corruption,
     colour_classes,
     draw_corruption,
-    key_seeds,
+    key_bits,
 )
 from tests.reference import masked as reference
 
@@ -28,7 +28,8 @@ def draw(
     place = torch.cat([torch.arange(n) for n in lengths])
     return draw_corruption(
         config or Corruption(),
-        key_seeds(seed, [f"image-{i}" for i in range(len(lengths))]),
+        torch.tensor(seed),
+        torch.from_numpy(key_bits([f"image-{i}" for i in range(len(lengths))])),
         torch.repeat_interleave(torch.arange(len(lengths)), sizes),
         sizes,
         sizes.cumsum(0) - sizes,

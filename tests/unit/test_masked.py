@@ -155,25 +155,36 @@ def asked_in_order(batch: PackedBatch) -> list[bool]:
 
 def test_a_masked_patch_is_not_seen() -> None:
     """Other pixels in masked patches change what is asked for, but no prediction."""
-    model = make_model(corruption=Corruption(share=1.0, mask=1.0, swap=0.0))
+    model = make_model(corruption=Corruption(share=0.5, mask=1.0, swap=0.0))
     batch = keyed(random_images(5, seed=2), list(range(5)), seq_len=40)
-    other = replace(batch, patches=255 - batch.patches)
-    found, changed = model.predict(batch, SEED), model.predict(other, SEED)
-    torch.testing.assert_close(found.logits, changed.logits, rtol=0, atol=0)
-    assert not torch.equal(found.colours, changed.colours)
+    found = model.predict(batch, SEED)
+    patches = batch.patches.flatten(0, 1).clone()
+    patches[found.places] = 255 - patches[found.places]
+    hidden = model.predict(replace(batch, patches=patches.view_as(batch.patches)), SEED)
+    torch.testing.assert_close(found.logits, hidden.logits, rtol=0, atol=0)
+    assert not torch.equal(found.colours, hidden.colours)
+    every = model.predict(replace(batch, patches=255 - batch.patches), SEED)
+    assert not torch.allclose(found.logits, every.logits)
 
 
-def test_training_draws_anew_and_evaluation_does_not() -> None:
+def test_each_step_has_a_corruption_of_its_own_and_evaluation_always_the_same() -> None:
     model = make_model()
     batch = keyed(random_images(6, seed=1), list(range(6)), seq_len=40)
-    torch.manual_seed(3)
-    first, second = model(batch), model(batch)
-    assert not torch.equal(first, second)
-    torch.manual_seed(3)
+    first = model(batch)
     assert torch.equal(model(batch), first)
-    model.eval()
-    assert torch.equal(model(batch), model(batch))
-    assert torch.equal(model(batch), model.predict(batch, 0).losses())
+    model.after_step()
+    second = model(batch)
+    assert not torch.equal(second, first)
+    again = make_model()
+    again.load_state_dict(model.state_dict())  # a run that goes on
+    assert torch.equal(again(batch), second)
+    other = MaskedPredictor(replace(model.config, seed=1)).double()
+    other.load_state_dict(model.state_dict())
+    assert not torch.equal(other(batch), second)
+    for each in (model, other):
+        each.eval()
+        assert torch.equal(each(batch), each.predict(batch, 0).losses())
+        assert not torch.equal(each(batch), first)
 
 
 def test_an_empty_batch_gives_no_loss_and_gradients_of_zero() -> None:
@@ -214,6 +225,7 @@ def test_a_head_that_knows_the_one_colour_is_always_right() -> None:
 
     assert metrics()["masked_loss"] == pytest.approx(torch.tensor(512.0).log().item(), rel=1e-6)
     assert metrics()["chance/masked_accuracy@1"] == 1.0
+    assert metrics()["masked_accuracy@5"] == 0.0, "a tie is no hit"
     with torch.no_grad():
         model.head.bias[511] = 5.0
     assert metrics()["masked_accuracy@1"] == 1.0
@@ -221,6 +233,17 @@ def test_a_head_that_knows_the_one_colour_is_always_right() -> None:
         model.head.bias[3] = 6.0
     assert metrics()["masked_accuracy@1"] == 0.0
     assert metrics()["masked_accuracy@5"] == 1.0
+
+
+def test_half_precision_changes_the_losses_by_rounding_alone() -> None:
+    model = make_model(torch.float32)
+    batch = keyed(random_images(6, seed=1), list(range(6)), seq_len=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, model(batch), rtol=0.02, atol=0.02)
+    found.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("changes", [CONFIGS[2], MIXED])

@@ -5,6 +5,7 @@ import pytest
 
 import navit
 from navit.__main__ import _split_preset
+from navit.train.config import PRESETS
 
 
 def test_the_command_line_is_there_before_torch_is_loaded() -> None:
@@ -30,9 +31,11 @@ def test_public_names_are_the_models_and_others_are_refused() -> None:
         (["--task", "classify"], "classify", ["--task", "classify"]),
         (["--shards=a.tar", "--task=classify"], "classify", ["--shards=a.tar", "--task=classify"]),
         (["pairs", "--task", "classify"], "pairs", ["--task", "classify"]),
+        (["--task", "masked", "--shards=a.tar"], "masked", ["--task", "masked", "--shards=a.tar"]),
+        (["--task=masked"], "masked", ["--task=masked"]),
     ],
 )
 def test_a_run_without_a_name_is_told_by_its_task_and_shards(
     args: list[str], name: str, rest: list[str]
 ) -> None:
-    assert _split_preset(args, ("demo", "pairs", "classify")) == (name, rest)
+    assert _split_preset(args, tuple(PRESETS)) == (name, rest)

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from navit.serialize import to_plain
 from navit.train.checkpoint import Checkpoint, load_tensors, save_checkpoint, stored_tensors
+from navit.train.config import TrainConfig
 from navit.train.optim import OptimConfig, build_optimizers
 from navit.train.ranks import World, alone
 from navit.train.resume import (
@@ -17,6 +19,7 @@ from navit.train.resume import (
     random_state,
     seed_rank,
     set_random_state,
+    with_defaults,
 )
 
 CPU = torch.device("cpu")
@@ -34,6 +37,18 @@ def test_a_run_continues_with_its_own_settings() -> None:
         ValueError, match=r"step-1 has others: optim.learning_rate was 1.0 and is 2"
     ):
         check_same_run(stored, {**stored, "optim": {"learning_rate": 2.0}}, Path("step-1"))
+
+
+def test_a_setting_that_came_later_does_not_keep_a_run_from_going_on() -> None:
+    given = to_plain(TrainConfig(shards=("a.tar",)))
+    stored = {name: value for name, value in given.items() if name != "corruption"}
+
+    check_same_run(with_defaults(stored), given, Path("step-1"))
+    other = {**given, "corruption": {**given["corruption"], "share": 0.3}}
+    with pytest.raises(ValueError, match=r"corruption.share was 0.5 and is 0.3"):
+        check_same_run(with_defaults(stored), other, Path("step-1"))
+    with pytest.raises(ValueError, match="unknown"):
+        with_defaults({**stored, "of_the_past": 1})
 
 
 def test_random_numbers_go_on_where_they_were() -> None:
