@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments.command import run_command, settle
-from benchmarks.experiments.vit.run import QUICK, Name, Result, Scale, ensure_data, stored
+from benchmarks.experiments.vit.run import (
+    QUICK,
+    Name,
+    Result,
+    Scale,
+    ensure_data,
+    ensure_results,
+    read_results,
+)
 from benchmarks.harness import environment
 
 PROG = "python -m benchmarks.experiments.vit"
@@ -51,18 +59,17 @@ def _run_all(options: Options) -> None:
     scale = QUICK if options.quick else Scale()
     settle(options.folder, asdict(scale))
     data = ensure_data(options.data, scale)
-    results: list[Result] = []
     for name in options.only:
         for seed in range(options.seeds):
             print(f"{name}, seed {seed + 1} of {options.seeds}", file=sys.stderr, flush=True)
-            results += stored(name, data, scale, options.folder, seed)
-            write_summary(options, results)
+            ensure_results(name, data, scale, options.folder, seed)
+            write_summary(options, read_results(options.folder))
     print((options.folder / "summary.md").read_text())
     print(f"table and picture: {options.folder}")
 
 
 def write_summary(options: Options, results: Sequence[Result]) -> None:
-    """Write summary.md, summary.json and accuracy.png of the runs there are."""
+    """Write summary.md, summary.json and accuracy.png of all runs of the folder."""
     from benchmarks.experiments.vit.summary import draw, format_tables  # matplotlib takes a second
 
     note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if options.quick else ""

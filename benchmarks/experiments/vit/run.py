@@ -5,6 +5,7 @@ Images show one drawn object on a textured background, its colour and fill as th
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,12 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.experiments.dvt.data import NUM_CLASSES, draw_objects
-from navit.evaluate.budgets import BudgetEvaluator
-from navit.evaluate.data import read_image_set
-from navit.evaluate.labels import LABEL_SET
-from navit.evaluate.probes import ProbeConfig
-from navit.evaluate.results import Metric, Settings
-from navit.evaluate.source import Subject
+from benchmarks.experiments.vit.measure import Data, classify, probe
 from navit.model import NaViT, NaViTConfig
 from navit.model.classifier import Classifier
 from navit.model.config import CLIPConfig
@@ -30,7 +26,7 @@ from navit.train.masked import MaskedTask
 from navit.train.optim import OptimConfig
 from navit.train.ranks import alone
 from navit.train.restore import load_trained
-from navit.train.setup import resolve_autocast, resolve_device
+from navit.train.setup import resolve_device
 from packer.config import PackerConfig
 from packer.demo import encode_jpeg
 from packer.shards import write_shards
@@ -39,7 +35,6 @@ Name = Literal["masked", "resolution"]
 PATCH_SIZE = 8
 SMALL, LARGE = 36, 144
 """Tokens of an image before and after its sides are doubled: 6 x 6 and 12 x 12 of a square."""
-PROBED, CLASSIFIED = f"{LABEL_SET}/10_shot_accuracy@1", "accuracy@1"
 TEST_SEED = 1 << 22
 """Of the test images; training images have seed 0."""
 
@@ -83,20 +78,10 @@ class Result:
     """The arm."""
     seed: int
     """Of weights, order and draws."""
-    accuracy: float
-    """10-shot probe or the classifier's own, on test images."""
     steps: int
-    """Steps trained in this arm."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Shards."""
-
-    train: tuple[str, ...]
-    """To train on, and to take the probes' examples from."""
-    test: tuple[str, ...]
-    """To measure on."""
+    """Training steps, those of what it started from included."""
+    accuracy: dict[str, float]
+    """On test images, by what is told: of 10-shot probes, or the classifier's own."""
 
 
 def ensure_data(folder: Path, scale: Scale) -> Data:
@@ -106,7 +91,7 @@ def ensure_data(folder: Path, scale: Scale) -> Data:
         ("train", scale.train_images, 0),
         ("test", scale.test_images, TEST_SEED),
     ):
-        target = folder / f"{part}-{count}"
+        target = folder / f"{part}-{count}-{seed}"
         marker = target / "done"
         if not marker.exists():
             samples = draw_objects(count, seed=seed)
@@ -173,40 +158,33 @@ def train(config: TrainConfig, folder: Path) -> NaViT | Classifier:
     return model
 
 
-def measure(
-    model: NaViT | Classifier, config: TrainConfig, data: Data, metric: str, budget: int
-) -> float:
-    """Return an accuracy on the test images at a token budget."""
-    device = resolve_device(config)
-    subject = Subject(
-        model.to(device).eval(), config.packer, device, resolve_autocast(config, device)
-    )
-    wanted: tuple[Metric, ...] = ("few_shot",) if metric == PROBED else ("classifier",)
-    settings = Settings(metrics=wanted, probes=ProbeConfig(shots=(10,)), progress=False)
-    test, examples = (read_image_set(part, kind="classes") for part in (data.test, data.train))
-    evaluator = BudgetEvaluator(subject, test, examples, settings)
-    return evaluator.evaluate(budget).metrics[metric]
-
-
 def run_masked(data: Data, scale: Scale, folder: Path, seed: int) -> list[Result]:
-    """Probe a tower as it starts, and after masked prediction of the images without labels."""
+    """Probe a tower as it starts, and after masked prediction of the images without labels.
+
+    The colour histogram, which is what the tower learns to tell of each patch, stands beside.
+    """
     steps = scale.masked_steps
     config = training("masked", data, scale, LARGE, steps, seed)
-    task = MaskedTask(config, data.train, alone(resolve_device(config)))
-    before = measure(task.model.vision, config, data, PROBED, LARGE)
-    after = measure(train(config, folder / f"masked-{seed}"), config, data, PROBED, LARGE)
-    return [
-        Result("masked", "random weights", seed, before, 0),
-        Result("masked", "masked prediction", seed, after, steps),
-    ]
+    start = MaskedTask(config, data.train, alone(resolve_device(config))).model.vision
+    found = [Result("masked", "random weights", seed, 0, probe(start, config, data))]
+    trained = train(config, folder / f"masked-{seed}")
+    assert isinstance(trained, NaViT), "masked prediction leaves a tower"
+    found.append(Result("masked", "masked prediction", seed, steps, probe(trained, config, data)))
+    found.append(Result("masked", "colour histogram", seed, 0, probe(None, config, data)))
+    return found
 
 
 def run_resolution(data: Data, scale: Scale, folder: Path, seed: int) -> list[Result]:
     """Train a classifier at one resolution; go on at twice its sides with different positions."""
-    config = training("classify", data, scale, SMALL, scale.small_steps, seed)
+    steps, more = scale.small_steps, scale.large_steps
+    config = training("classify", data, scale, SMALL, steps, seed)
     first = folder / f"small-{seed}"
     model = train(config, first)
     assert isinstance(model, Classifier), "it classifies"
+    found = [
+        Result("resolution", "36 tokens", seed, steps, classify(model, config, data, SMALL)),
+        Result("resolution", "the same at 144", seed, steps, classify(model, config, data, LARGE)),
+    ]
     side = round(LARGE**0.5)
     fresh = model.vision.at_grid(side)
     generator = torch.Generator().manual_seed(seed)
@@ -214,22 +192,19 @@ def run_resolution(data: Data, scale: Scale, folder: Path, seed: int) -> list[Re
         table: Any = fresh.pos_embed.table
         table.normal_(std=scale.width**-0.5, generator=generator)
     fresh.save_pretrained(folder / f"fresh-{seed}-start")
-    results = [
-        Result("resolution", f"not fine-tuned, {budget} tokens", seed, found, scale.small_steps)
-        for budget in (SMALL, LARGE)
-        for found in (measure(model, config, data, CLASSIFIED, budget),)
-    ]
-    larger = training("classify", data, scale, LARGE, scale.large_steps, seed)
-    for arm, start in (
-        ("interpolated", {"init": first, "init_grid": side}),
-        ("not interpolated", {"init": folder / f"fresh-{seed}-start"}),
-        ("table left as it is", {"init": first}),
+    for arm, budget, start in (
+        ("trained on at 36", SMALL, {"init": first}),
+        ("144, interpolated", LARGE, {"init": first, "init_grid": side}),
+        ("144, new positions", LARGE, {"init": folder / f"fresh-{seed}-start"}),
+        ("144, table as it was", LARGE, {"init": first}),
     ):
         changed: Any = start
-        tuned = train(replace(larger, **changed), folder / f"{arm.replace(' ', '-')}-{seed}")
-        found = measure(tuned, larger, data, CLASSIFIED, LARGE)
-        results.append(Result("resolution", arm, seed, found, scale.large_steps))
-    return results
+        tuning = replace(training("classify", data, scale, budget, more, seed), **changed)
+        tuned = train(tuning, folder / f"{re.sub('[ ,]+', '-', arm)}-{seed}")
+        assert isinstance(tuned, Classifier), "it classifies"
+        accuracy = classify(tuned, tuning, data, budget)
+        found.append(Result("resolution", arm, seed, steps + more, accuracy))
+    return found
 
 
 RUNS: dict[Name, Callable[[Data, Scale, Path, int], list[Result]]] = {
@@ -238,12 +213,17 @@ RUNS: dict[Name, Callable[[Data, Scale, Path, int], list[Result]]] = {
 }
 
 
-def stored(name: Name, data: Data, scale: Scale, folder: Path, seed: int) -> list[Result]:
-    """Return the results of an experiment with a seed: those stored, or new ones."""
+def ensure_results(name: Name, data: Data, scale: Scale, folder: Path, seed: int) -> None:
+    """Run an experiment with a seed, unless its results are stored."""
     path = folder / f"{name}-{seed}.json"
     if not path.exists():
         rows = [asdict(result) for result in RUNS[name](data, scale, folder / "runs", seed)]
         part = path.with_suffix(".part")
         part.write_text(json.dumps(rows, indent=2) + "\n")
         os.replace(part, path)
-    return [Result(**row) for row in json.loads(path.read_text())]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read all results of a folder, experiment by experiment, seed by seed."""
+    paths = [path for name in RUNS for path in sorted(folder.glob(f"{name}-*.json"))]
+    return [Result(**row) for path in paths for row in json.loads(path.read_text())]

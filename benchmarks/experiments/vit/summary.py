@@ -10,11 +10,14 @@ from benchmarks.experiments.summary import Spread
 from benchmarks.experiments.vit.run import Name, Result
 
 TITLES: dict[Name, str] = {
-    "masked": "10-shot probe of the pooled vectors",
-    "resolution": "accuracy of the classifier at twice the resolution",
+    "masked": "10-shot probe of pooled vectors",
+    "resolution": "accuracy of classifiers of 36 and 144 tokens an image",
 }
-BASELINES: dict[Name, str] = {"masked": "random weights", "resolution": "not interpolated"}
-"""Arms that the differences are to."""
+BASELINES: dict[Name, tuple[str, tuple[str, ...]]] = {
+    "masked": ("random weights", ("masked prediction",)),
+    "resolution": ("144, new positions", ("144, interpolated", "144, table as it was")),
+}
+"""The arm that differences are to, and those that are compared with it."""
 
 
 def by_arm(results: Sequence[Result], name: Name) -> dict[str, list[Result]]:
@@ -32,37 +35,50 @@ def format_tables(results: Sequence[Result]) -> str:
 
 
 def _table(name: Name, arms: dict[str, list[Result]]) -> str:
-    baseline = {run.seed: run.accuracy for run in arms.get(BASELINES[name], [])}
+    baseline, compared = BASELINES[name]
+    told = list(next(iter(arms.values()))[0].accuracy)
     seeds = max(len(runs) for runs in arms.values())
     lines = [
-        f"{TITLES[name][:1].upper()}{TITLES[name][1:]}, mean ± standard deviation over {seeds} "
-        f"seed(s), and the difference to {BASELINES[name]}, paired by seed.",
+        f"{TITLES[name][:1].upper()}{TITLES[name][1:]}: mean ± standard deviation over {seeds} "
+        f"seed(s) of weights and order, on the same images; below it the difference to "
+        f'"{baseline}", paired by seed.',
         "",
-        "| arm | steps | accuracy | difference |",
-        "| --- | --- | --- | --- |",
+        f"| arm | steps | {' | '.join(told)} |",
+        "| --- | --- |" + " --- |" * len(told),
     ]
+    plain = {run.seed: run.accuracy for run in arms.get(baseline, [])}
     for arm, runs in arms.items():
-        accuracy = Spread.of([run.accuracy for run in runs]).text(".1%")
-        pairs = [run.accuracy - baseline[run.seed] for run in runs if run.seed in baseline]
-        gain = "" if arm == BASELINES[name] else Spread.of(pairs).text("+.1%")
-        lines.append(f"| {arm} | {runs[0].steps} | {accuracy} | {gain} |")
+        cells = []
+        for what in told:
+            cell = Spread.of([run.accuracy[what] for run in runs]).text(".1%")
+            pairs = [r.accuracy[what] - plain[r.seed][what] for r in runs if r.seed in plain]
+            if arm in compared and pairs:
+                cell += f"<br>{Spread.of(pairs).text('+.1%')}"
+            cells.append(cell)
+        lines.append(f"| {arm} | {runs[0].steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(results: Sequence[Result], path: Path) -> Path:
-    """Draw every run as a point, one line a seed."""
-    names = [name for name in TITLES if by_arm(results, name)]
-    figure = Figure(figsize=(5.6 * len(names), 4.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        arms = by_arm(results, name)
+    """Draw every run as a point, one colour a seed."""
+    panels = [
+        (name, what, arms)
+        for name in TITLES
+        if (arms := by_arm(results, name))
+        for what in next(iter(arms.values()))[0].accuracy
+    ]
+    figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained")
+    for axes, (name, what, arms) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         for number, seed in enumerate(sorted({run.seed for runs in arms.values() for run in runs})):
-            found = [[r.accuracy for r in runs if r.seed == seed] for runs in arms.values()]
+            found = [[r.accuracy[what] for r in runs if r.seed == seed] for runs in arms.values()]
             places = [place for place, values in enumerate(found) if values]
             values = [values[0] for values in found if values]
             axes.plot(places, values, "o", color=f"C{number}", label=f"seed {seed}")
-        axes.set_xticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], rotation=20)
+        axes.set_xticks(range(len(arms)), list(arms), rotation=30, ha="right")
         axes.set_xlim(-0.5, len(arms) - 0.5)
-        axes.set_title(TITLES[name])
+        axes.set_title(f"{name}: {what}", size=10)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)
