@@ -51,7 +51,7 @@ class StreamSource:
     transform: Transform | None
     """Keyed pixel transform after the resize."""
     need: Need
-    """What a sample must have; with "caption" labels are left out."""
+    """What a sample must have; with "caption" labels are left out, with "image" captions too."""
     epochs: int | None
     """Passes over the data; None never ends."""
     shuffle_shards: bool

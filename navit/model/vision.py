@@ -310,7 +310,7 @@ class NaViT(Flexible, CompiledTower, PretrainedModel[NaViTConfig]):
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "T D"]]:
         """Turn patches into (a vector for each image, its tokens): all that runs on the device.
 
-        A flexible tower, or one with a convolutional stem, gives them embedded.
+        A flexible tower, one with a convolutional stem and an ``edit`` give them embedded.
         """
         embedded = patches.is_floating_point()
         x = patches if embedded else self.patch_embed(patches)
