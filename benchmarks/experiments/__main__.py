@@ -180,7 +180,7 @@ def _run_all(options: Options, sets: dict[str, DataSet], budget: float) -> None:
         "again to go on",
         flush=True,
     )
-    teachers = frozenset().union(*(EXPERIMENTS[letter].teachers for letter in options.only))
+    starts = frozenset().union(*(EXPERIMENTS[letter].starts for letter in options.only))
     results: list[ArmResult] = []
     spent: list[float] = []
     for number, job in enumerate(planned, 1):
@@ -204,7 +204,7 @@ def _run_all(options: Options, sets: dict[str, DataSet], budget: float) -> None:
                 config,
                 plan,
                 folder,
-                teaches=job.arm.name in teachers,
+                keep_model=job.arm.name in starts,
                 keep_weights=options.keep_weights,
             )
             spent.append(monotonic() - start)

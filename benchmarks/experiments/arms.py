@@ -65,8 +65,10 @@ class Arm:
     patch sizes, those in pixels."""
     patch_sizes: tuple[int, ...] = ()
     """Sides of patches in pixels; of several each image draws one. None: the data set's."""
-    teacher: str | None = None
-    """Arm whose weights of the same seed it starts from and learns to agree with."""
+    start: str | None = None
+    """Arm whose weights of the same seed it starts from."""
+    taught: bool = False
+    """Whether it also learns to agree with the model it starts from."""
 
     @property
     def train_tokens(self) -> int:
@@ -92,9 +94,9 @@ class Experiment:
     """What the finished models are evaluated at several values of."""
 
     @property
-    def teachers(self) -> frozenset[str]:
-        """Arms that teach others."""
-        return frozenset(arm.teacher for arm in self.arms if arm.teacher is not None)
+    def starts(self) -> frozenset[str]:
+        """Arms that others start from."""
+        return frozenset(arm.start for arm in self.arms if arm.start is not None)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,9 @@ DRAWN_SIZES = (16, 20, 24, 32)
 _EVALUATED_SIZES = (14, 16, 18, 20, 24, 28, 32, 40)
 
 
-def _patches(name: str, what: str, *sizes: int, teacher: str | None = None) -> Arm:
+def _patches(
+    name: str, what: str, *sizes: int, start: str | None = None, taught: bool = False
+) -> Arm:
     return Arm(
         f"patch-{name}",
         what,
@@ -140,7 +144,8 @@ def _patches(name: str, what: str, *sizes: int, teacher: str | None = None) -> A
         side=PIXELS / sizes[0],
         budgets=_EVALUATED_SIZES,
         patch_sizes=sizes,
-        teacher=teacher,
+        start=start,
+        taught=taught,
     )
 
 
@@ -198,7 +203,14 @@ EXPERIMENTS = {
                 _patches("24", "24 px alone", 24),
                 _patches("32", "32 px alone", 32),
                 _patches("flexible", "flexible, from scratch", *DRAWN_SIZES),
-                _patches("taught", "flexible, taught by 16 px", *DRAWN_SIZES, teacher="patch-16"),
+                _patches("started", "flexible, from 16 px", *DRAWN_SIZES, start="patch-16"),
+                _patches(
+                    "taught",
+                    "flexible, from and taught by 16 px",
+                    *DRAWN_SIZES,
+                    start="patch-16",
+                    taught=True,
+                ),
             ),
             axis="patch size",
         ),

@@ -26,7 +26,7 @@ from navit.train.restore import load_trained
 from navit.train.setup import resolve_autocast, resolve_device
 from packer.captions import CaptionTokenizer
 
-RESULT, TEACHER = "arm.json", "model"
+RESULT, START = "arm.json", "model"
 
 
 class Stopped(RuntimeError):
@@ -98,9 +98,10 @@ def plan_arm(
     Args:
         arm: The arm.
         data: What it is trained on.
-        budget: Operations of the run, forward and backward; a teacher's are not counted.
+        budget: Operations of the run, forward and backward; a teacher's, or those spent before
+            on what it starts from, are not counted.
         seed: Its seed.
-        runs: Where runs lie, a teacher's among them.
+        runs: Where runs lie, those that others start from among them.
     """
     if arm.sampling == "square":
         data = data.squashed(round(arm.side))
@@ -110,9 +111,9 @@ def plan_arm(
     samples = read_samples(data.train, tokenizer, first.packer.max_text_tokens)
     plan = plan_run(with_text(first, tokenizer), arm, data.scale, samples, budget)
     config = arm_config(arm, data.scale, images=plan.images, steps=plan.steps, seed=seed)
-    if arm.teacher is not None:
-        teacher = runs / run_name(data, arm.teacher, seed) / TEACHER
-        config = replace(config, init=teacher, teacher=teacher)
+    if arm.start is not None:
+        start = runs / run_name(data, arm.start, seed) / START
+        config = replace(config, init=start, teacher=start if arm.taught else None)
     return replace(config, shards=data.train, val=data.val, tokenizer=path), plan
 
 
@@ -148,7 +149,7 @@ def run_arm(
     plan: Plan,
     folder: Path,
     *,
-    teaches: bool = False,
+    keep_model: bool = False,
     keep_weights: bool = False,
     progress: bool = True,
 ) -> ArmResult:
@@ -160,7 +161,7 @@ def run_arm(
         config: What `plan_arm` returned.
         plan: The same.
         folder: The run folder.
-        teaches: Whether the model is kept beside the run, as other arms' teacher.
+        keep_model: Whether the model is kept beside the run, as other arms' start.
         keep_weights: Whether the last checkpoint stays when all is measured.
         progress: Whether a progress bar is shown.
 
@@ -180,8 +181,8 @@ def run_arm(
         **_curve(folder, data.metric),
         budgets=_at_budgets(arm, config, data, folder),
     )
-    if teaches:
-        load_trained(folder).model.save_pretrained(folder / TEACHER)
+    if keep_model:
+        load_trained(folder).model.save_pretrained(folder / START)
     stored = {"config": to_plain(config), "result": asdict(found)}
     part = folder / f"{RESULT}.part"
     part.write_text(json.dumps(stored, indent=2) + "\n")
