@@ -214,7 +214,7 @@ def test_arms_shared_by_experiments_are_trained_once() -> None:
     }
     planned = list(jobs(Options(seeds=2), sets))
     names = [(job.data.name, job.arm.name, job.seed) for job in planned]
-    assert len(names) == len(set(names)) == 2 * (23 + 3)
+    assert len(names) == len(set(names)) == 2 * (24 + 3)
     # A whole seed of an experiment comes before the next, so that an early end leaves pairs.
     assert [job.seed for job in planned[:6]] == [0, 0, 0, 1, 1, 1]
 
