@@ -12,6 +12,7 @@ from navit.evaluate.classify import image_pass
 from navit.evaluate.masked import evaluate_masked
 from navit.evaluate.run import Evaluation
 from navit.label_loss import mean_over_ranks
+from navit.model.clip import CLIPOutput
 from navit.model.masked import MaskedConfig, MaskedPredictor
 from navit.train.config import TrainConfig
 from navit.train.data import TrainData, image_data
@@ -51,7 +52,10 @@ class MaskedTask:
         return image_data(self.config, shards, self.folder, self.world, need="image", stored=stored)
 
     def loss(
-        self, output: Any, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None
+        self,
+        output: CLIPOutput | Tensor,
+        batches: Sequence[PackedBatch],
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         """Return the mean of the images' losses, which are what the model returns."""
         assert isinstance(output, Tensor), "the model returns a loss for each image"

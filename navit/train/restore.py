@@ -16,9 +16,9 @@ from navit.model.masked import MaskedConfig, MaskedPredictor
 from navit.model.vision import CONFIG_FILE
 from navit.serialize import from_plain
 from navit.train.checkpoint import find_checkpoint, load_tensors, read_state, stored_tensors
+from navit.train.classify import CLASSES_FILE
 from navit.train.config import TrainConfig
 from navit.train.ema import Ema
-from navit.train.tasks import CLASSES_FILE
 from packer.captions import CaptionTokenizer
 
 

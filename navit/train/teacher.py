@@ -8,7 +8,7 @@ Source: FlexiViT (arXiv:2212.08013), section 3.5 "Connection to knowledge distil
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +112,22 @@ def check_tokenizer(
             f"the run must read texts as the model in {folder} does, and has another tokenizer. "
             "Give --tokenizer with that model's tokenizer.json."
         )
+
+
+def mixed_loss(agreed: Tensor, own: Callable[[], Tensor], weight: float) -> Tensor:
+    """Mix the distance to a teacher with the task's own loss, which is left out at a weight of 1.
+
+    Args:
+        agreed: The distance to the teacher.
+        own: Computes the task's loss.
+        weight: The teacher's share.
+    """
+    return agreed if weight == 1 else weight * agreed + (1 - weight) * own()
+
+
+def teacher_files(teacher: Teacher | None) -> dict[str, str]:
+    """Return the digest that lies beside a checkpoint; nothing without a teacher."""
+    return {} if teacher is None else {TEACHER_FILE: teacher.digest + "\n"}
 
 
 def _load(config: TrainConfig, classes: Sequence[str] | None) -> CLIP | Classifier:

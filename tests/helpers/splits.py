@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from navit.model.classifier import Classifier, ClassifierConfig
 from navit.model.clip import CLIP
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
+from navit.train.classify import ClassifyTask
 from navit.train.config import TaskName, Tower, TrainConfig
+from navit.train.contrastive import ContrastiveTask
 from navit.train.masked import MaskedTask
 from navit.train.parallel import ParallelConfig, parallelize, whole
 from navit.train.ranks import World, alone
 from navit.train.step import gradients
-from navit.train.tasks import ClassifyTask, ContrastiveTask
 from packer.batch import PackedBatch, PackedText
 from packer.captions import CaptionTokenizer
 from packer.config import PackerConfig

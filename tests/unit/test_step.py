@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from navit.model.clip import CLIP
+from navit.train.contrastive import ContrastiveTask
 from navit.train.ranks import alone
 from navit.train.step import StepLoss, gradients
-from navit.train.tasks import ContrastiveTask
 from tests.helpers.distributed import CPU
 from tests.helpers.splits import (
     NUM_SAMPLES,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from navit.model.config import CLIPConfig
 from navit.train.config import TrainConfig
+from navit.train.contrastive import text_ids
 from navit.train.start import start_of_scores
-from navit.train.tasks import text_ids
 from tests.helpers.splits import Case, make_batch, make_task
 
 
