@@ -120,7 +120,7 @@ def _run(folder: Path, scale: Scale, picture: Path | None, *, progress: bool) ->
     images = LabelledImages(read_image_set(val, kind="classes"), LABEL_SET, CLASSES)
     rows: Rows = []
     for budgets in CASCADES[:1] if scale == QUICK else CASCADES:
-        settings = CascadeSettings(budgets, shares=_shares(scale), progress=progress)
+        settings = CascadeSettings(budgets, shares=_shares(scale, budgets), progress=progress)
         report = evaluate_cascade(subject, images, settings)
         if picture is not None:
             path = picture.with_stem("_".join([picture.stem, *map(str, budgets)]))
@@ -132,8 +132,10 @@ def _run(folder: Path, scale: Scale, picture: Path | None, *, progress: bool) ->
     return rows
 
 
-def _shares(scale: Scale) -> tuple[float, ...]:
-    return (HALF,) if scale == QUICK else (0.35, HALF, 0.65)
+def _shares(scale: Scale, budgets: tuple[int, ...]) -> tuple[float, ...]:
+    """Return the shares of the largest budget that are more than the first stage's alone."""
+    shares = (HALF,) if scale == QUICK else (0.35, HALF, 0.65)
+    return tuple(share for share in shares if share > budgets[0] / budgets[-1])
 
 
 def half_point(report: CascadeReport) -> CascadePoint:

@@ -35,8 +35,11 @@ Name = Literal["masked", "resolution"]
 PATCH_SIZE = 8
 SMALL, LARGE = 36, 144
 """Tokens of an image before and after its sides are doubled: 6 x 6 and 12 x 12 of a square."""
-TEST_SEED = 1 << 22
-"""Of the test images; training images have seed 0."""
+TEST_SEED = 1 << 23
+"""Of the test images; training images have seed 0. Raised with `TUNING_RATE`, which was chosen after a
+run with other test images: docs/experiments.md."""
+TUNING_RATE = 0.1
+"""Times the tower's learning rates in fine-tuning, whose head is new."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ def run_resolution(data: Data, scale: Scale, folder: Path, seed: int) -> list[Re
     ):
         changed: Any = start
         tuning = replace(training("classify", data, scale, budget, more, seed), **changed)
+        gentle = replace(tuning.optim, tower_learning_rate_factor=TUNING_RATE)
+        tuning = replace(tuning, optim=gentle)
         tuned = train(tuning, folder / f"{re.sub('[ ,]+', '-', arm)}-{seed}")
         assert isinstance(tuned, Classifier), "it classifies"
         accuracy = classify(tuned, tuning, data, budget)
