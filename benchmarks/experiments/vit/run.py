@@ -36,8 +36,8 @@ PATCH_SIZE = 8
 SMALL, LARGE = 36, 144
 """Tokens of an image before and after its sides are doubled: 6 x 6 and 12 x 12 of a square."""
 TEST_SEED = 1 << 23
-"""Of the test images; training images have seed 0. Raised with `TUNING_RATE`, which was chosen after a
-run with other test images: docs/experiments.md."""
+"""Of the test images; training images have seed 0. Raised with `TUNING_RATE`, which was chosen
+after a run with other test images: docs/experiments.md."""
 TUNING_RATE = 0.1
 """Times the tower's learning rates in fine-tuning, whose head is new."""
 
