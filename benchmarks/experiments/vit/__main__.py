@@ -58,8 +58,8 @@ def _run_all(options: Options) -> None:
     torch.set_num_threads(options.threads)
     scale = QUICK if options.quick else Scale()
     settle(options.folder, asdict(scale))
-    data = ensure_data(options.data, scale)
     for name in options.only:
+        data = ensure_data(options.data, scale, name)
         for seed in range(options.seeds):
             print(f"{name}, seed {seed + 1} of {options.seeds}", file=sys.stderr, flush=True)
             ensure_results(name, data, scale, options.folder, seed)

@@ -65,7 +65,7 @@ def classify(model: Classifier, config: TrainConfig, data: Data, budget: int) ->
         autocast_dtype=resolve_autocast(config, device),
         progress=False,
     )
-    return {"colour and fill": found.metrics["accuracy@1"]}
+    return {"place": found.metrics["accuracy@1"]}
 
 
 def _vectors(model: NaViT | None, config: TrainConfig, shards: tuple[str, ...]) -> EncodedImages:

@@ -1,6 +1,7 @@
 """Runs of both experiments: what is trained, what it starts from, what is measured of it.
 
-Images show one drawn object on a textured background, its colour and fill as the class.
+Images show one drawn object on a textured background. For probes its colour and fill are the class;
+for positions its place is, since colours can be told without knowing where a patch is.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from benchmarks.experiments.dvt.data import NUM_CLASSES, draw_objects
+from benchmarks.experiments.dvt.data import CELLS, draw_objects
 from benchmarks.experiments.vit.measure import Data, classify, probe
 from navit.model import NaViT, NaViTConfig
 from navit.model.classifier import Classifier
@@ -32,6 +33,7 @@ from packer.demo import encode_jpeg
 from packer.shards import write_shards
 
 Name = Literal["masked", "resolution"]
+LABELS: dict[Name, Literal["look", "place"]] = {"masked": "look", "resolution": "place"}
 PATCH_SIZE = 8
 SMALL, LARGE = 36, 144
 """Tokens of an image before and after its sides are doubled: 6 x 6 and 12 x 12 of a square."""
@@ -87,17 +89,18 @@ class Result:
     """On test images, by what is told: of 10-shot probes, or the classifier's own."""
 
 
-def ensure_data(folder: Path, scale: Scale) -> Data:
-    """Return the images, drawn at the first call."""
+def ensure_data(folder: Path, scale: Scale, name: Name) -> Data:
+    """Return an experiment's images, drawn at the first call."""
     found = {}
+    label = LABELS[name]
     for part, count, seed in (
         ("train", scale.train_images, 0),
         ("test", scale.test_images, TEST_SEED),
     ):
-        target = folder / f"{part}-{count}-{seed}"
+        target = folder / f"{label}-{part}-{count}-{seed}"
         marker = target / "done"
         if not marker.exists():
-            samples = draw_objects(count, seed=seed)
+            samples = draw_objects(count, seed=seed, label=label)
             for sample in samples:
                 sample["image"] = encode_jpeg(Image.fromarray(sample["image"]))
             write_shards(iter(samples), target / f"{part}-%03d.tar", samples_per_shard=500)
@@ -124,7 +127,7 @@ def training(
     warmup, ending = max(1, steps // 20), max(1, steps // 3)
     return TrainConfig(
         task=task,
-        num_classes=NUM_CLASSES if task == "classify" else 0,
+        num_classes=CELLS**2 if task == "classify" else 0,
         shards=data.train,
         packer=PackerConfig(patch_size=PATCH_SIZE, seq_len=4 * LARGE, max_tokens=budget, seed=seed),
         model=CLIPConfig(vision=vision),
@@ -141,7 +144,7 @@ def training(
         ema_decay=0.0,
         checkpoint_every=100,
         keep_checkpoints=1,
-        flip=0.5,
+        flip=0.5 if task == "masked" else 0.0,  # the other side is another place
         seed=seed,
     )
 
