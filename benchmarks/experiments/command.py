@@ -3,10 +3,13 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+
+from benchmarks.harness import environment
 
 Options = TypeVar("Options")
 
@@ -24,6 +27,26 @@ def run_command(
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def write_results(
+    folder: Path, prog: str, table: str, results: Sequence[Any], *, quick: bool
+) -> None:
+    """Write summary.md and summary.json of runs.
+
+    Args:
+        folder: Where.
+        prog: The command without its options.
+        table: Markdown.
+        results: Dataclasses, one a run.
+        quick: Whether the numbers mean nothing.
+    """
+    note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if quick else ""
+    (folder / "summary.md").write_text(note + table + "\n")
+    # The harness names its own command.
+    told = {**environment(), "command": " ".join([prog, *sys.argv[1:]])}
+    rows = {"environment": told, "results": [asdict(result) for result in results]}
+    (folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def settle(folder: Path, settings: dict[str, Any]) -> None:

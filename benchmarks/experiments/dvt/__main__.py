@@ -3,7 +3,6 @@
 Run again, it goes on: finished runs are skipped, an interrupted one continues from its checkpoint.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiments.command import run_command, settle
+from benchmarks.experiments.command import run_command, settle, write_results
 from benchmarks.experiments.dvt.data import draw_objects
 from benchmarks.experiments.dvt.run import ARMS, QUICK, Result, Scale, run_arm
-from benchmarks.harness import environment
 
 TEST_SEED = 1 << 21
 """Of the test images, none of which any setting was chosen on; training images have seed 0."""
@@ -73,13 +71,8 @@ def write_summary(options: Options, results: Sequence[Result]) -> None:
     """Write summary.md, summary.json and accuracy.png of the runs there are."""
     from benchmarks.experiments.dvt.summary import draw, format_table  # matplotlib takes a second
 
-    note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if options.quick else ""
-    (options.folder / "summary.md").write_text(note + format_table(results) + "\n")
-    # The harness names its own command.
-    command = " ".join([PROG, *sys.argv[1:]])
-    told = {**environment(), "command": command}
-    rows = {"environment": told, "results": [asdict(result) for result in results]}
-    (options.folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+    table = format_table(results)
+    write_results(options.folder, PROG, table, results, quick=options.quick)
     draw(results, options.folder / "accuracy.png")
 
 

@@ -3,7 +3,6 @@
 Run again, it goes on: finished runs are skipped, an interrupted one continues from its checkpoint.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiments.command import run_command, settle
+from benchmarks.experiments.command import run_command, settle, write_results
 from benchmarks.experiments.vit.run import (
     QUICK,
     Name,
@@ -21,7 +20,6 @@ from benchmarks.experiments.vit.run import (
     ensure_results,
     read_results,
 )
-from benchmarks.harness import environment
 
 PROG = "python -m benchmarks.experiments.vit"
 
@@ -72,13 +70,8 @@ def write_summary(options: Options, results: Sequence[Result]) -> None:
     """Write summary.md, summary.json and accuracy.png of all runs of the folder."""
     from benchmarks.experiments.vit.summary import draw, format_tables  # matplotlib takes a second
 
-    note = "Tiny towers, a few steps: the numbers mean nothing.\n\n" if options.quick else ""
-    (options.folder / "summary.md").write_text(note + format_tables(results) + "\n")
-    # The harness names its own command.
-    command = " ".join([PROG, *sys.argv[1:]])
-    told = {**environment(), "command": command}
-    rows = {"environment": told, "results": [asdict(result) for result in results]}
-    (options.folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+    table = format_tables(results)
+    write_results(options.folder, PROG, table, results, quick=options.quick)
     draw(results, options.folder / "accuracy.png")
 
 
