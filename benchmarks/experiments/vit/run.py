@@ -38,8 +38,8 @@ PATCH_SIZE = 8
 SMALL, LARGE = 36, 144
 """Tokens of an image before and after its sides are doubled: 6 x 6 and 12 x 12 of a square."""
 TEST_SEEDS: dict[Name, int] = {"masked": 1 << 22, "resolution": 1 << 23}
-"""Of the test images; training images have seed 0. `TUNING_RATE` was chosen after a run of both with
-the first ones, hence the second's own: docs/experiments.md."""
+"""Of the test images; training images have seed 0. `TUNING_RATE` was chosen after a run of both
+with the first ones, hence the second's own: docs/experiments.md."""
 TUNING_RATE = 0.1
 """Times the tower's learning rates in fine-tuning, whose head is new."""
 
