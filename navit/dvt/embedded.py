@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from navit.dvt.resample import Counts, Grid
-from navit.model.attention import order_by_length, to_device
+from navit.model.attention import order_by_length
 from navit.model.config import AttentionBackend
+from navit.model.transfer import to_device
 from navit.model.vision import NaViT, gather_positions, plan_tokens
 from packer.batch import PackedBatch
 

@@ -15,7 +15,7 @@ from navit.dvt.collate import StagedCollator
 from navit.dvt.embedded import EmbeddedStage, embed_stage
 from navit.dvt.model import DVT, Carried, DVTExits, places_of
 from navit.dvt.resample import Counts, Grid
-from navit.model.attention import to_device
+from navit.model.transfer import to_device
 from packer.errors import SkipSample
 from packer.sample import Sample, as_sample
 

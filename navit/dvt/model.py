@@ -20,8 +20,9 @@ from navit.dvt.embedded import (
 )
 from navit.dvt.resample import Counts, Grid, plan_resize
 from navit.dvt.reuse import BlockContext, Reuse
-from navit.model.attention import AttentionPlan, to_device
+from navit.model.attention import AttentionPlan
 from navit.model.prefix import plan_prefix
+from navit.model.transfer import to_device
 from navit.model.vision import NaViT, PretrainedModel
 from packer.batch import PackedBatch
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from navit.model.attention import to_device
 from navit.model.pi_resize import bilinear_matrix
+from navit.model.transfer import to_device
 
 Grid = tuple[int, int]
 """(rows, cols) of an image."""

@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int32, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from navit.model import operators
 from navit.model.config import AttentionBackend
 from navit.model.segments import Groups, attend_segments, group_segments
+from navit.model.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,6 @@ def order_by_length(
     shift = starts[order] - (np.cumsum(ordered) - ordered)
     tokens = np.repeat(shift, ordered) + np.arange(int(ordered.sum()))
     return tuple(ordered.tolist()), order, tokens
-
-
-def to_device(array: Int[np.ndarray, "..."], device: torch.device) -> Int[Tensor, "..."]:
-    """Move a host array to the device without waiting for it."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

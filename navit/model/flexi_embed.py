@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from navit.model.attention import to_device
 from navit.model.config import PerChannel
 from navit.model.patch_embed import HALVES, project
 from navit.model.pi_resize import pi_resize
+from navit.model.transfer import to_device
 from packer.batch import PackedBatch
 
 

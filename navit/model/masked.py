@@ -10,7 +10,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from navit.model.attention import to_device
 from navit.model.config import ModelConfig, NaViTConfig
 from navit.model.corrupt import (
     COLOURS,
@@ -20,6 +19,7 @@ from navit.model.corrupt import (
     draw_corruption,
     key_bits,
 )
+from navit.model.transfer import to_device
 from navit.model.vision import NaViT, PretrainedModel, TokenPlan, gather_positions
 from packer.batch import PackedBatch
 

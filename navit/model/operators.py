@@ -2,8 +2,8 @@
 
 Lengths differ from batch to batch. Traced, a loop over them would be compiled anew for each batch;
 as operators, with the lengths in a tensor on the host, they are part of one graph for all batches.
-The forward passes are those of eager mode; the backward passes compute the softmax again, and are
-the plain formulas.
+The backward passes compute the softmax again, and are the plain formulas. Attention's forward pass
+is that of eager mode; pooling goes over buckets of lengths, and on a GPU runs so uncompiled too.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from navit.model.buckets import Bucket, make_buckets
 from navit.model.segments import (
     at_least_float32,
     attend_segments,
     group_segments,
     later_tokens,
-    pool_segments,
     split_groups,
 )
 
@@ -74,8 +74,9 @@ def _attend_equal_backward(
 
 @torch.library.custom_op("navit::pool", mutates_args=())
 def pool(scores: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
-    """`pool_segments` of scores (T, H) and tokens (T, D): (N, H, D)."""
-    return pool_segments(scores, x, group_segments(lengths.tolist()))
+    """`pool_segments` of scores (T, H) and tokens (T, D), in buckets: (N, H, D)."""
+    buckets = make_buckets(lengths.tolist(), x.device)
+    return torch.cat([_weights(b, scores).to(x.dtype) @ b.pad(x) for b in buckets])
 
 
 @torch.library.custom_op("navit::pool_backward", mutates_args=())
@@ -83,17 +84,23 @@ def pool_backward(
     grad: Tensor, scores: Tensor, x: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of scores and tokens."""
-    groups = group_segments(lengths.tolist())
-    grads = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in (scores, x)]
-    by_group = grad.split_with_sizes([group.count for group in groups])
-    tensors = (split_groups(y, groups) for y in (scores, x, *grads))
-    for g, s, tokens, grad_s, grad_x in zip(by_group, *tensors, strict=True):
-        weights = s.transpose(1, 2).softmax(dim=2, dtype=at_least_float32(x.dtype))
-        grad_x.copy_(weights.to(x.dtype).transpose(1, 2) @ g)
+    buckets = make_buckets(lengths.tolist(), x.device)
+    grads_s, grads_x = [], []
+    for bucket, g in zip(buckets, grad.split_with_sizes([b.count for b in buckets]), strict=True):
+        weights, tokens = _weights(bucket, scores), bucket.pad(x)
+        grads_x.append(bucket.unpad(weights.to(x.dtype).transpose(1, 2) @ g))
         by_weight = (g @ tokens.transpose(1, 2)).to(weights.dtype)
         mean = (weights * by_weight).sum(-1, keepdim=True)
-        grad_s.copy_((weights * (by_weight - mean)).transpose(1, 2))
-    return grads[0], grads[1]
+        grads_s.append(bucket.unpad((weights * (by_weight - mean)).transpose(1, 2)))
+    return torch.cat(grads_s).to(scores.dtype), torch.cat(grads_x)
+
+
+def _weights(bucket: Bucket, scores: Tensor) -> Tensor:
+    """Softmax over each segment's tokens, 0 in padding: (count, H, longest)."""
+    padded = bucket.pad(scores).transpose(1, 2)
+    if bucket.padding is not None:
+        padded = padded.masked_fill(bucket.padding.is_padding[:, None], -torch.inf)
+    return padded.softmax(dim=2, dtype=at_least_float32(scores.dtype))
 
 
 @attend.register_fake

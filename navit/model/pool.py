@@ -18,7 +18,7 @@ from navit.model.segments import at_least_float32, pool_segments, split_groups
 
 def segment_mean(x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
     """Average the tokens of each segment, summing in float32 or better."""
-    if is_compiling():
+    if is_compiling() or x.device.type == "cuda":  # few calls for many lengths
         sums = x.new_zeros(plan.num_segments, x.shape[1], dtype=at_least_float32(x.dtype))
         sums = sums.index_add(0, plan.segment_index, x.to(sums.dtype))
         return (sums / plan.segment_sizes[:, None]).to(x.dtype)
@@ -97,11 +97,11 @@ class AttentionPool(nn.Module):
 
     def _attend(self, x: Tensor, scores: Tensor, plan: AttentionPlan) -> Float[Tensor, "N H D"]:
         """Average each segment's tokens, by head, with the softmax of its scores."""
-        if is_compiling():
-            traced: Tensor = operators.pool(scores, x, plan.host_lengths)
-            return traced
-        if not plan.lengths:
+        if not is_compiling() and not plan.lengths:
             return scores[:, :, None] * x[:, None, :]
+        if is_compiling() or x.device.type == "cuda":  # few calls for many lengths
+            pooled: Tensor = operators.pool(scores, x, plan.host_lengths)
+            return pooled
         return pool_segments(scores, x, plan.groups)
 
 

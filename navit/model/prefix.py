@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from navit.model.attention import AttentionPlan, to_device
+from navit.model.attention import AttentionPlan
 from navit.model.config import NaViTConfig
+from navit.model.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from navit.model.attention import to_device
 from navit.model.config import NaViTConfig
 from navit.model.conv import Bottleneck, MaxPool, Relu, RootConv, StdConv
+from navit.model.transfer import to_device
 from packer.batch import PackedBatch
 
 

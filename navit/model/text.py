@@ -10,13 +10,13 @@ from navit.model.attention import (
     AttentionPlan,
     compute_dtype,
     order_by_length,
-    to_device,
 )
 from navit.model.backends import resolve_backend
 from navit.model.block import make_blocks, make_norm, run_blocks
 from navit.model.compile import CompiledTower
 from navit.model.config import TextConfig
 from navit.model.pool import make_pool
+from navit.model.transfer import to_device
 from packer.batch import PackedText
 
 

@@ -17,7 +17,6 @@ from navit.model.attention import (
     AttentionPlan,
     compute_dtype,
     order_by_length,
-    to_device,
 )
 from navit.model.backends import resolve_backend
 from navit.model.block import make_blocks, make_norm, run_blocks
@@ -30,6 +29,7 @@ from navit.model.pool import make_pool
 from navit.model.pos_embed import make_pos_embed
 from navit.model.prefix import PrefixPlan, PrefixTokens, plan_prefix
 from navit.model.stem import ConvStem, GridGroups, group_grids
+from navit.model.transfer import to_device
 from packer.batch import PackedBatch
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
