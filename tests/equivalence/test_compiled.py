@@ -12,9 +12,13 @@ from navit import NaViT, NaViTConfig
 ROOT = Path(__file__).parents[2]
 
 
-def run_cases(backend: str, *names: str) -> dict[str, dict[str, float]]:
+ALL = ("paper", "class token", "checkpointing", "patch sizes", "stem", "text")
+
+
+def run_cases(backend: str, *names: str, device: str = "cpu") -> dict[str, dict[str, float]]:
+    program = [sys.executable, "-W", "ignore", "-m", "tests.helpers.compiled"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.helpers.compiled", backend, *names],
+        [*program, device, backend, *names],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -42,8 +46,12 @@ def test_a_compiled_tower_gives_the_eager_numbers_without_a_break() -> None:
 
 @pytest.mark.slow
 def test_code_made_by_inductor_gives_the_eager_numbers_too() -> None:
-    names = ("paper", "class token", "checkpointing", "patch sizes", "stem", "text")
-    check(run_cases("inductor", *names))
+    check(run_cases("inductor", *ALL))
+
+
+@pytest.mark.gpu
+def test_code_made_for_a_gpu_gives_the_eager_numbers_too() -> None:
+    check(run_cases("inductor", *ALL, device="cuda"))
 
 
 def test_xformers_is_refused_with_a_reason() -> None:

@@ -1,7 +1,7 @@
 """Compiled towers against eager ones.
 
 A program of its own, since the type-checking hook of the tests and `torch.compile` do not go
-together. `python -m tests.helpers.compiled BACKEND CASE...`
+together. `python -m tests.helpers.compiled DEVICE BACKEND CASE...`
 
 prints for each case how far values and gradients are from the eager model's, and how many graphs
 were compiled for batches of six shapes.
@@ -63,7 +63,8 @@ def compare(eager: torch.nn.Module, compiled: torch.nn.Module, inputs: Sequence[
         with torch.inference_mode():
             again = vectors(compiled, given)
         found, expected = vectors(compiled, given), vectors(eager, given)
-        weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
+        weights = torch.linspace(-1, 1, expected.numel(), device=expected.device)
+        weights = weights.view(expected.shape)
         pairs = zip(
             *(
                 torch.autograd.grad((x * weights).sum(), list(m.parameters()))
@@ -85,7 +86,7 @@ def vectors(model: torch.nn.Module, given: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooled
 
 
-def run_case(name: str, backend: str) -> dict[str, Any]:
+def run_case(name: str, backend: str, device: str) -> dict[str, Any]:
     """Compare one configuration's compiled tower with its eager one."""
     torch._dynamo.reset()
     counters.clear()
@@ -93,18 +94,20 @@ def run_case(name: str, backend: str) -> dict[str, Any]:
     if name == "text":
         text = TextConfig.from_dict({**SHAPE, "vocab_size": 50, "causal": True, "pool": "last"})
         vision = NaViTConfig.from_dict({**SHAPE, "patch_size": PATCH})
-        clip = CLIP(CLIPConfig(vision=vision, text=text, embed_dim=16))
+        clip = CLIP(CLIPConfig(vision=vision, text=text, embed_dim=16)).to(device)
         eager, compiled = clip.text, copy.deepcopy(clip)
         compiled.compile(backend=backend)
         captions = [[[1, 2, 3], [4, 5]], [[6] * 7, [7], [8, 9, 1]], [[3]]]
-        found = compare(eager, compiled.text, [pack_text(ids) for ids in captions])
+        given = [pack_text(ids).to(device) for ids in captions]
+        found = compare(eager, compiled.text, given)
     else:
         config = NaViTConfig.from_dict({**SHAPE, "patch_size": PATCH, **CASES[name]})
-        model = NaViT(config)
+        model = NaViT(config).to(device)
         compiled_tower = copy.deepcopy(model)
         compiled_tower.compile(backend=backend)
         sizes = (PATCH,) if config.patch_buffer is None else (3, PATCH, 7)
-        found = compare(model, compiled_tower, batches(sizes, drop=config.stem is None))
+        made = batches(sizes, drop=config.stem is None)
+        found = compare(model, compiled_tower, [batch.to(device) for batch in made])
         assert not copy.deepcopy(compiled_tower).is_compiled
     graphs = counters["stats"]["unique_graphs"]
     return {**found, "graphs": graphs, "breaks": sum(counters["graph_break"].values())}
@@ -112,4 +115,5 @@ def run_case(name: str, backend: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({name: run_case(name, sys.argv[1]) for name in sys.argv[2:]}))
+    where, backend_name, *names = sys.argv[1:]
+    print(json.dumps({name: run_case(name, backend_name, where) for name in names}))

@@ -168,6 +168,9 @@ def save_model(config: TrainConfig, folder: Path, *, width: int) -> Path:
 def run_case(world: World, case: Case) -> dict[str, np.ndarray]:
     """Run one step on this rank; return its loss, number of images and gradients."""
     task = make_task(case)
+    task.model.to(world.device)
+    if not isinstance(task, MaskedTask) and task.teacher is not None:
+        task.teacher.model.to(world.device)
     model = parallelize(task.model, world, ParallelConfig(case.strategy))
     torch.manual_seed(1)
     targets = case.kind == "targets"
@@ -177,7 +180,7 @@ def run_case(world: World, case: Case) -> dict[str, np.ndarray]:
     return {
         "loss": np.asarray(found.loss),
         "images": np.asarray(found.images),
-        **{name: grad.numpy() for name, grad in whole(grads).items()},
+        **{name: grad.cpu().numpy() for name, grad in whole(grads).items()},
     }
 
 

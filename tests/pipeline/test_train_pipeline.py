@@ -159,3 +159,29 @@ def test_a_wrong_command_ends_with_a_message_and_no_traceback(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_losses_are_those_of_the_cpu_and_a_stopped_run_goes_on(
+    tiny: DemoPaths, tmp_path: Path
+) -> None:
+    """In float32; kernels that add in any order leave the two a little apart."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        options = ("--precision", "fp32", "--device", device, "--workers", "1")
+        run, steps = tmp_path / device, ("--steps", "12", "--checkpoint-every", "5")
+        first = subprocess.run(
+            [*command(tiny, run, *options, *steps), "--time-limit", "0.001"],
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert first.returncode == 0, first.stderr
+        rest = subprocess.run(
+            command(tiny, run, *options, *steps, "--resume"),
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert rest.returncode == 0, rest.stderr
+        assert f", {device}, float32" in rest.stderr
+        found[device] = losses(run)
+    assert [step for step, _ in found["cuda"]] == list(range(1, 13))
+    for (_, here), (_, there) in zip(found["cpu"], found["cuda"], strict=True):
+        assert there == pytest.approx(here, rel=1e-3)
