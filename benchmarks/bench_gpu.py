@@ -1,94 +1,220 @@
-"""A training step on a GPU: packed against dense, the backends, and the share of the card's rate.
+"""Training steps on a GPU: packed against dense, other programs, the paper's mix, the loss.
 
-Forward + backward of NaViT B and L under bfloat16 autocast on images of 36 to 256 tokens.
+Forward + backward under bfloat16 autocast (the loss in float32), on images of 8 to 256 tokens.
 
-- *packed / dense*: useful tokens/s against equal images without packing, as many tokens, the same
-  root-mean-square length (`benchmarks.dense`).
-- *backends*: xformers, torch's variable-length kernel and segments, those that run here; compiled
-  too where the backend allows it.
-- *MFU*: model FLOP/s (`navit.train.flops`, three forward passes, nothing computed twice) over the
-  rate of a large bfloat16 matrix product measured in the same run.
+- *backends*: NaViT B and L with xformers, torch's variable-length kernel and segments, those that
+  run here; the variable-length kernel compiled too. *packed / dense* is useful tokens/s against
+  equal images without packing, as many tokens, the same root-mean-square length
+  (`benchmarks.dense`), compiled where ours is. *MFU* is model FLOP/s (`navit.train.flops`, three
+  forward passes, nothing computed twice) over the rate of a large bfloat16 matrix product measured
+  in the same run.
+- *programs*: NaViT B against towers of other programs (`benchmarks.bench_towers`), all eager.
+- *mix*: images/s on the paper's mix against a fixed square (`benchmarks.bench_mix`), NaViT B.
+- *loss*: the tiled contrastive loss against the dense formula, by side of a tile, with peak memory.
 
 Wanted: packed at least 0.95 of dense, MFU 55 %. Without a CUDA device only ``quick`` runs, on the
 CPU, to see that everything runs.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.bench_towers import Forward, mixed_images, training_step
-from benchmarks.dense import dense_forward, equal_images
+from benchmarks.bench_loss import one_matmul
+from benchmarks.bench_mix import mixed_batch, square_batch
+from benchmarks.bench_towers import (
+    PATCH_SIZE,
+    SEQ_LEN,
+    TOWERS,
+    mixed_images,
+    packed_tower,
+    peers_there,
+    training_step,
+)
+from benchmarks.dense import dense_forward, equal_images, run_blocks
 from benchmarks.harness import paired_ratio
+from navit.loss import contrastive_loss
 from navit.model import NaViT, NaViTConfig
 from navit.model.backends import resolve_backend
 from navit.model.config import AttentionBackend
 from navit.train.flops import STEP_OVER_FORWARD, image_flops, matmul_rate
 from tests.helpers.batches import pack_images
 
-PATCH_SIZE, SEQ_LEN = 16, 1024
-BACKENDS: tuple[AttentionBackend, ...] = ("xformers", "varlen", "segments")
+BACKENDS: tuple[tuple[AttentionBackend, bool], ...] = (
+    ("xformers", False),
+    ("varlen", False),
+    ("segments", False),
+    ("varlen", True),
+)
+"""Backend, and whether the model is compiled."""
+Rows = list[dict[str, Any]]
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Measure B and L with every backend that runs here."""
+def run(quick: bool = False) -> Rows:
+    """Measure all four parts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not quick:
         print("no CUDA device here: nothing to measure")
         return []
     rate = matmul_rate(device, torch.bfloat16)
     print(f"large bfloat16 product: {rate / 1e12:.1f} TFLOP/s")
-    rows = []
+    rows: Rows = []
     for name in ("tiny",) if quick else ("b", "l"):
-        rows += _measure(name, 6 if quick else 256, device, rate, quick=quick)
+        rows += _backends(name, 6 if quick else 256, device, rate, quick=quick)
+    rows += _programs("tiny" if quick else "b", 6 if quick else 256, device, quick=quick)
+    rows += _mix("tiny" if quick else "b", 2 if quick else 128, device, quick=quick)
+    for count in (64,) if quick else (8192, 32768):
+        rows += _loss(count, device, quick=quick)
     return rows
 
 
-def _measure(
-    name: str, count: int, device: torch.device, rate: float, *, quick: bool
-) -> list[dict[str, Any]]:
+def _backends(name: str, count: int, device: torch.device, rate: float, *, quick: bool) -> Rows:
     images = mixed_images(count, seed=0)
     lengths = [len(image.patches) for image in images]
     batch = pack_images(images, patch_size=PATCH_SIZE, seq_len=SEQ_LEN).to(device)
     inputs = [x.to(device) for x in equal_images(lengths, PATCH_SIZE)]
     share = sum(lengths) / inputs[0][..., 0].numel()
     rows = []
-    for backend in BACKENDS:
-        for compiled in (False, True) if backend != "xformers" and not quick else (False,):
-            config = NaViTConfig.named(name, patch_size=PATCH_SIZE, attention=backend)
-            if not _runs(config, device):
-                print(f"{name}, {backend}: does not run here")
-                continue
-            torch.manual_seed(0)
-            model = NaViT(config).to(device)
-            if compiled:
-                model.compile()
-            forwards: list[Forward] = [
-                lambda model=model: model(batch).pooled,  # type: ignore[misc]
-                partial(dense_forward, model, *inputs),
-            ]
-            packed, dense = (
-                training_step(model, forward, torch.bfloat16, backward=True) for forward in forwards
+    for backend, compiled in BACKENDS:
+        config = NaViTConfig.named(name, patch_size=PATCH_SIZE, attention=backend)
+        if not _runs(config, device):
+            print(f"{name}, {backend}: does not run here")
+            continue
+        torch.manual_seed(0)
+        model = NaViT(config).to(device)
+        blocks = None
+        if compiled:
+            model.compile()
+            blocks = torch.compile(run_blocks, fullgraph=True)
+        packed, dense = (
+            training_step(model, forward, torch.bfloat16, backward=True)
+            for forward in (
+                partial(_pooled, model, batch),
+                partial(dense_forward, model, *inputs, blocks=blocks),
             )
-            timed = paired_ratio(dense, packed, pairs=2 if quick else 10, warmup=3)
-            flops = STEP_OVER_FORWARD * image_flops(config, lengths)
-            row = {
-                "model": name,
-                "backend": backend + (", compiled" if compiled else ""),
-                "packed_over_dense": timed.ratio * share,
-                "mfu": flops / timed.seconds_b / rate,
-                "tokens_per_s": sum(lengths) / timed.seconds_b,
-                "peak_mib": _peak_mib(device),
-                "seconds_dense_over_packed": timed,
-            }
-            rows.append(row)
-            print(
-                f"{name}, {row['backend']:18} packed / dense {row['packed_over_dense']:.3f}, MFU "
-                f"{row['mfu']:.1%}, {row['tokens_per_s']:,.0f} tokens/s, {timed}"
-            )
+        )
+        timed = paired_ratio(dense, packed, pairs=2 if quick else 10, warmup=3)
+        flops = STEP_OVER_FORWARD * image_flops(config, lengths)
+        row = {
+            "part": "backends",
+            "model": name,
+            "backend": backend + (", compiled" if compiled else ""),
+            "packed_over_dense": timed.ratio * share,
+            "mfu": flops / timed.seconds_b / rate,
+            "matmul_tflops": rate / 1e12,
+            "tokens_per_s": sum(lengths) / timed.seconds_b,
+            "peak_mib": _peak_mib(packed, device),
+            "seconds_dense_over_packed": timed,
+        }
+        rows.append(row)
+        print(
+            f"{name}, {row['backend']:18} packed / dense {row['packed_over_dense']:.3f}, MFU "
+            f"{row['mfu']:.1%}, {row['tokens_per_s']:,.0f} tokens/s, {timed}",
+            flush=True,
+        )
     return rows
+
+
+def _programs(name: str, count: int, device: torch.device, *, quick: bool) -> Rows:
+    images = mixed_images(count, seed=0)
+    tokens = sum(len(image.patches) for image in images)
+    config = NaViTConfig.named(name, patch_size=PATCH_SIZE)
+    model, forward = packed_tower(config, images, device)
+    ours = training_step(model, forward, torch.bfloat16, backward=True)
+    mine = _peak_mib(ours, device)
+    rows = []
+    for peer in peers_there():
+        theirs = training_step(*TOWERS[peer](config, images, device), torch.bfloat16, backward=True)
+        timed = paired_ratio(theirs, ours, pairs=2 if quick else 6, warmup=2)
+        row = {
+            "part": "programs",
+            "model": name,
+            "against": peer,
+            "times_their_speed": timed,
+            "our_tokens_per_s": tokens / timed.seconds_b,
+            "memory_of_theirs": mine / max(_peak_mib(theirs, device), 1),
+        }
+        rows.append(row)
+        print(
+            f"{name}, {peer:20} {timed.ratio:.2f} times their speed, "
+            f"{row['memory_of_theirs']:.2f} of their memory, {timed}",
+            flush=True,
+        )
+    return rows
+
+
+def _mix(name: str, sequences: int, device: torch.device, *, quick: bool) -> Rows:
+    mix, squares = (make(sequences).to(device) for make in (mixed_batch, square_batch))
+    rows = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = NaViT(NaViTConfig.named(name, patch_size=PATCH_SIZE)).to(device)
+        if compiled and not quick:
+            model.compile()
+        fixed, packed = (
+            training_step(model, partial(_pooled, model, batch), torch.bfloat16, backward=True)
+            for batch in (squares, mix)
+        )
+        timed = paired_ratio(fixed, packed, pairs=2 if quick else 10, warmup=3)
+        share = mix.num_images / squares.num_images
+        row = {
+            "part": "mix",
+            "model": name + (", compiled" if compiled else ""),
+            "times_the_images_per_s": timed.ratio * share,
+            "tokens_alone": share * squares.stats.tokens / mix.stats.tokens,
+            "images_per_s": mix.num_images / timed.seconds_b,
+            "fixed_images_per_s": squares.num_images / timed.seconds_a,
+            "seconds_fixed_over_mix": timed,
+        }
+        rows.append(row)
+        print(
+            f"{row['model']}: mix {row['times_the_images_per_s']:.2f} times the images/s (tokens "
+            f"alone {row['tokens_alone']:.2f}): {row['images_per_s']:,.0f} against "
+            f"{row['fixed_images_per_s']:,.0f}; seconds fixed / mix {timed}",
+            flush=True,
+        )
+    return rows
+
+
+def _loss(count: int, device: torch.device, *, quick: bool) -> Rows:
+    generator = torch.Generator(device).manual_seed(0)
+    vectors = torch.randn(2, count, 512, generator=generator, device=device)
+    inputs = [x.requires_grad_() for x in torch.nn.functional.normalize(vectors, dim=-1)]
+    inputs.append(torch.tensor(20.0, device=device, requires_grad=True))
+
+    def step(loss: Callable[..., Tensor], **more: int) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss(*inputs, **more), inputs)
+
+    dense = step(one_matmul)
+    whole = _peak_mib(dense, device)
+    rows = []
+    for side in (32,) if quick else (512, 1024, 2048, 4096, 8192):
+        tiled = step(contrastive_loss, chunk_size=side)
+        timed = paired_ratio(tiled, dense, pairs=2 if quick else 4)
+        row = {
+            "part": "loss",
+            "num_pairs": count,
+            "chunk_size": side,
+            "tiled_mib": _peak_mib(tiled, device),
+            "dense_mib": whole,
+            "seconds_tiled_over_dense": timed,
+        }
+        rows.append(row)
+        print(
+            f"loss of {count:,} pairs, tiles of {side}: {timed.seconds_a * 1e3:.1f} ms, "
+            f"{row['tiled_mib']:,} MiB of {whole:,}; tiled / dense {timed}",
+            flush=True,
+        )
+    return rows
+
+
+def _pooled(model: NaViT, batch: Any) -> Tensor:
+    pooled: Tensor = model(batch).pooled
+    return pooled
 
 
 def _runs(config: NaViTConfig, device: torch.device) -> bool:
@@ -101,10 +227,15 @@ def _runs(config: NaViTConfig, device: torch.device) -> bool:
     return True
 
 
-def _peak_mib(device: torch.device) -> float:
-    """Return the most memory allocated since the last call; 0 on the CPU."""
+def _peak_mib(step: Callable[[], Any], device: torch.device) -> int:
+    """Return how much one call adds to the memory allocated, at its peak; 0 on the CPU."""
     if device.type != "cuda":
-        return 0.0
-    peak = torch.cuda.max_memory_allocated(device) / 2**20
+        step()
+        return 0
+    step()  # gradients and workspaces are there before
+    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    return math.ceil(peak)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return math.ceil((torch.cuda.max_memory_allocated(device) - before) / 2**20)

@@ -44,21 +44,21 @@ Rows = list[dict[str, Any]]
 
 def two_matmuls(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Compute the loss from scores per image and per text, each by a product of its own."""
-    target = torch.arange(len(image))
+    target = torch.arange(len(image), device=image.device)
     per_image, per_text = logit_scale * image @ text.T, logit_scale * text @ image.T
     return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
 
 
 def one_matmul(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Compute the loss from one dense matrix of scores and its transpose."""
-    target = torch.arange(len(image))
+    target = torch.arange(len(image), device=image.device)
     scores = logit_scale * image @ text.T
     return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
 
 def sigmoid_whole(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Compute the sigmoid loss from the whole matrix of scores."""
-    sign = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    sign = 2 * torch.eye(len(image), dtype=image.dtype, device=image.device) - 1
     return -F.logsigmoid(sign * (scale * image @ text.T + bias)).sum() / len(image)
 
 

@@ -41,6 +41,7 @@ PEERS = {
 """Towers of other programs, and the package each is from."""
 Forward = Callable[[], Tensor]
 Side = tuple[nn.Module, Forward]
+Device = torch.device | str
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
@@ -48,14 +49,13 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     images = mixed_images(6 if quick else 64, seed=0)
     shape = {"width": 64, "depth": 1, "num_heads": 1, "mlp_dim": 256} if quick else {}
     config = NaViTConfig.named("s", patch_size=PATCH_SIZE, **shape)
-    names = [name for name, package in PEERS.items() if peers.is_there(package)]
-    names = [name for name in names if name != "HF Siglip2" or peers.is_there("torchvision")]
+    names = peers_there()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         sides: dict[str, Side] = {"ours": packed_tower(config, images)}
         sides[DENSE] = _dense(sides["ours"][0], images)
-        sides |= {name: TOWERS[name](config, images) for name in names}
+        sides |= {name: TOWERS[name](config, images, "cpu") for name in names}
         print(_header(images, sides))
         rows = []
         for backward in (False, True):
@@ -66,6 +66,12 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         return rows
     finally:
         torch.set_num_threads(threads)
+
+
+def peers_there() -> list[str]:
+    """Name the towers of other programs that are installed."""
+    names = [name for name, package in PEERS.items() if peers.is_there(package)]
+    return [name for name in names if name != "HF Siglip2" or peers.is_there("torchvision")]
 
 
 def _header(images: list[RandomImage], sides: dict[str, Side]) -> str:
@@ -219,14 +225,14 @@ def mixed_images(count: int, *, seed: int) -> list[RandomImage]:
     return images
 
 
-# Sides: (configuration, images) -> model and a forward pass that gives one vector an image
+# Sides: (configuration, images, device) -> model and a forward pass that gives one vector an image
 
 
-def packed_tower(config: NaViTConfig, images: list[RandomImage]) -> Side:
+def packed_tower(config: NaViTConfig, images: list[RandomImage], device: Device = "cpu") -> Side:
     """Ours, packed."""
     torch.manual_seed(0)
-    model = NaViT(config)
-    batch = pack_images(images, patch_size=PATCH_SIZE, seq_len=SEQ_LEN)
+    model = NaViT(config).to(device)
+    batch = pack_images(images, patch_size=PATCH_SIZE, seq_len=SEQ_LEN).to(device)
     return model, lambda: model(batch).pooled
 
 
@@ -237,7 +243,9 @@ def _dense(model: nn.Module, images: list[RandomImage]) -> Side:
     return model, lambda: dense_forward(model, *inputs)
 
 
-def _vit_pytorch(config: NaViTConfig, images: list[RandomImage], *, nested: bool) -> Side:
+def _vit_pytorch(
+    config: NaViTConfig, images: list[RandomImage], device: Device, *, nested: bool
+) -> Side:
     peers.import_torchvision()
     module = import_module("vit_pytorch.na_vit_nested_tensor" if nested else "vit_pytorch.na_vit")
     model = module.NaViT(
@@ -250,8 +258,8 @@ def _vit_pytorch(config: NaViTConfig, images: list[RandomImage], *, nested: bool
         dim_head=config.head_dim,
         mlp_dim=config.mlp_dim,
         **({"token_dropout_prob": 0.0} if nested else {}),
-    )
-    pixels = [_pixels(image) for image in images]
+    ).to(device)
+    pixels = [_pixels(image).to(device) for image in images]
     if nested:
         return model, lambda: model(pixels)
 
@@ -262,7 +270,7 @@ def _vit_pytorch(config: NaViTConfig, images: list[RandomImage], *, nested: bool
     return model, grouped
 
 
-def _timm(config: NaViTConfig, images: list[RandomImage]) -> Side:
+def _timm(config: NaViTConfig, images: list[RandomImage], device: Device) -> Side:
     peers.import_torchvision()
     naflexvit = import_module("timm.models.naflexvit")
     model = naflexvit.NaFlexVit(
@@ -276,13 +284,13 @@ def _timm(config: NaViTConfig, images: list[RandomImage]) -> Side:
             class_token=False,
         ),
         num_classes=0,
-    )
-    patches, valid = _padded(images)
-    coords = pad_sequence([image.positions.long() for image in images], batch_first=True)
+    ).to(device)
+    patches, valid = (x.to(device) for x in _padded(images))
+    coords = pad_sequence([image.positions.long() for image in images], batch_first=True).to(device)
     return model, lambda: model({"patches": patches, "patch_coord": coords, "patch_valid": valid})
 
 
-def _siglip2(config: NaViTConfig, images: list[RandomImage]) -> Side:
+def _siglip2(config: NaViTConfig, images: list[RandomImage], device: Device) -> Side:
     peers.import_torchvision()
     transformers = import_module("transformers")
     model = transformers.Siglip2VisionModel(
@@ -294,8 +302,8 @@ def _siglip2(config: NaViTConfig, images: list[RandomImage]) -> Side:
             patch_size=PATCH_SIZE,
             num_patches=256,
         )
-    )
-    patches, valid = _padded(images)
+    ).to(device)
+    patches, valid = (x.to(device) for x in _padded(images))
     shapes = torch.tensor([image.grid for image in images])
     return (
         model,
@@ -307,9 +315,9 @@ def _siglip2(config: NaViTConfig, images: list[RandomImage]) -> Side:
     )
 
 
-TOWERS: dict[str, Callable[[NaViTConfig, list[RandomImage]], Side]] = {
-    "vit-pytorch": lambda config, images: _vit_pytorch(config, images, nested=False),
-    "vit-pytorch nested": lambda config, images: _vit_pytorch(config, images, nested=True),
+TOWERS: dict[str, Callable[[NaViTConfig, list[RandomImage], Device], Side]] = {
+    "vit-pytorch": lambda *args: _vit_pytorch(*args, nested=False),
+    "vit-pytorch nested": lambda *args: _vit_pytorch(*args, nested=True),
     "timm NaFlexViT": _timm,
     "HF Siglip2": _siglip2,
 }
