@@ -1,6 +1,7 @@
 """Which attention backend can run where, and which one is chosen."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -41,13 +42,14 @@ def resolve_backend(
     if backend == "auto":
         names = [name for name in _RUNS if not (compiled and name == "xformers")]
         able = [name for name in names if _RUNS[name](device, dtype, head_dim)]
-        return next((name for name in able if _is_installed(name, device)), "segments")
+        there = (name for name in able if _is_installed(name, device, dtype, head_dim))
+        return next(there, "segments")
     if not _RUNS[backend](device, dtype, head_dim):
         raise ValueError(
             f"Attention backend {backend!r} needs {_NEEDS[backend]}; got {device.type}, {dtype}, "
             f"{head_dim}. Set attention='auto' or 'segments', or move the model."
         )
-    if not _is_installed(backend, device):
+    if not _is_installed(backend, device, dtype, head_dim):
         raise ImportError(
             f"Attention backend {backend!r} needs {_MISSING[backend]}, or set attention='auto' or "
             "'segments'."
@@ -64,13 +66,39 @@ def _runs_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
     return device.type == "cuda" and dtype in VARLEN_DTYPES and fits
 
 
-def _is_installed(backend: AttentionBackend, device: torch.device) -> bool:
+def _is_installed(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> bool:
     if backend == "xformers":
-        return find_spec("xformers") is not None
+        return find_spec("xformers") is not None and _xformers_computes(device, dtype, head_dim)
     return (
         find_spec(VARLEN_MODULE) is not None
         and torch.cuda.get_device_capability(device) >= VARLEN_MIN_CAPABILITY
     )
+
+
+@cache
+def _xformers_computes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Try xformers once, forward and backward, on two segments.
+
+    Its wheels are built for one version of CUDA. Beside a torch of another it can be imported, says
+    so in a warning of its own, and has no kernels.
+    """
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        x = torch.zeros(1, 3, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
+        mask = BlockDiagonalMask.from_seqlens([1, 2], device=device)
+        try:
+            torch.autograd.grad(memory_efficient_attention(x, x, x, attn_bias=mask).sum(), x)
+        except NotImplementedError:
+            return False
+    return True
 
 
 _RUNS: dict[AttentionBackend, Callable[[torch.device, torch.dtype, int], bool]] = {
@@ -87,7 +115,11 @@ _NEEDS = {
     ),
 }
 _MISSING = {
-    "xformers": "the package xformers, which is not installed. Run `pip install xformers`",
+    "xformers": (
+        "the package xformers with kernels for this device and this torch's version of CUDA. Run "
+        "`pip install xformers`, or, where it is installed, `python -m xformers.info`, which says "
+        "what it was built for"
+    ),
     "varlen": (
         f"torch.nn.attention.varlen (torch 2.10 or newer) and a device of compute capability "
         f"{VARLEN_MIN_CAPABILITY[0]}.{VARLEN_MIN_CAPABILITY[1]} or above; one is missing. Upgrade "

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from navit.model import backends
 from navit.model.attention import (
     AttentionPlan,
     block_diagonal_attention,
@@ -192,7 +193,7 @@ def test_auto_picks_by_device_dtype_and_head_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "navit.model.backends._is_installed", lambda name, device: name in installed
+        "navit.model.backends._is_installed", lambda name, *needs: name in installed
     )
     if backend not in installed:  # the next choice is varlen, in half precision alone
         half = dtype == torch.bfloat16 and backend == "xformers" and "varlen" in installed
@@ -210,6 +211,26 @@ def test_xformers_where_it_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ImportError, match="pip install xformers"):
         resolve_backend("xformers", **cuda)
     assert resolve_backend("auto", **cuda) == "segments"
+
+
+def test_xformers_without_kernels_for_this_torch_is_as_if_it_were_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As beside a torch of another CUDA version: it can be imported, and computes nothing."""
+    pytest.importorskip("xformers")
+    logging.disable(logging.WARNING)  # it says so itself
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert not backends._xformers_computes(CPU, torch.float32, 64)
+    finally:
+        logging.disable(logging.NOTSET)
+    monkeypatch.setattr(backends, "_xformers_computes", lambda *needs: False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    cuda = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 64}
+    assert resolve_backend("auto", **cuda) == "varlen"
+    with pytest.raises(ImportError, match=r"python -m xformers.info"):
+        resolve_backend("xformers", **cuda)
 
 
 @pytest.mark.parametrize(
