@@ -73,8 +73,7 @@ def run_blocks(model: NaViT, x: Tensor) -> Tensor:
 
 def _attention(layer: Attention, x: Tensor) -> Tensor:
     q, k, v = layer.qkv(x).unflatten(-1, (3, -1, layer.head_dim)).unbind(2)
-    q, k = layer.q_norm(q).to(v.dtype), layer.k_norm(k).to(v.dtype)
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    q, k, v = (y.transpose(1, 2) for y in (*layer.normed(q, k), v))
     if v.dtype == torch.float32 or v.device.type != "cpu":
         out = F.scaled_dot_product_attention(q, k, v)
     else:

@@ -35,7 +35,7 @@ def dense_attention(
         (the mixed tokens, the logits with the bias).
     """
     q, k, v = attention.qkv(x).unflatten(-1, (3, -1, attention.head_dim)).unbind(1)
-    q, k = attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype)
+    q, k = attention.normed(q, k)
     q, k, v = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in (q, k, v))
     logits = (q * attention.head_dim**-0.5) @ k.transpose(-1, -2)
     if bias is not None:

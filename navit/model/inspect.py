@@ -133,7 +133,7 @@ def split_heads(attention: Attention, x: Float[Tensor, "n D"]) -> Float[Tensor, 
         x: Its input: the tokens after the block's first norm.
     """
     q, k, v = attention.qkv(x).unflatten(-1, (3, -1, attention.head_dim)).unbind(1)
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = attention.normed(q, k)
     heads = torch.stack([q, k, v]).to(at_least_float32(x.dtype)).transpose(1, 2)
     scale = heads.new_tensor([1 / math.sqrt(attention.head_dim), 1.0, 1.0])
     scaled: Tensor = heads * scale[:, None, None, None]

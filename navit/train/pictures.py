@@ -79,7 +79,7 @@ def draw_loss(metrics: Path | str | Records, path: Path | str, *, title: str = "
 
 
 def draw_retrieval(
-    images: Sequence[UInt8[npt.NDArray[np.uint8], "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
     texts: Sequence[str],
     similarity: Float[Tensor, "T N"],
     path: Path | str,

@@ -51,7 +51,7 @@ def test_code_made_by_inductor_gives_the_eager_numbers_too() -> None:
 
 @pytest.mark.gpu
 def test_code_made_for_a_gpu_gives_the_eager_numbers_too() -> None:
-    check(run_cases("inductor", *ALL, device="cuda"))
+    check(run_cases("inductor", "paper", "text", device="cuda"))
 
 
 def test_xformers_is_refused_with_a_reason() -> None:
