@@ -55,8 +55,8 @@ check: lint types contracts test ## lint, types, import contracts and the fast t
 bench: setup ## paired benchmarks; tables on screen, JSON under benchmarks/results/
 	$(if $(wildcard $(BENCH_READY)),$(BENCH)/bin,$(BIN))/python -m benchmarks $(ARGS)
 
-bench-gpu: setup ## the benchmark of a training step on a CUDA device
-	$(BIN)/python -m benchmarks gpu $(ARGS)
+bench-gpu: setup ## the benchmarks of training steps on a CUDA device
+	$(if $(wildcard $(BENCH_READY)),$(BENCH)/bin,$(BIN))/python -m benchmarks gpu gpu_programs gpu_mix gpu_loss $(ARGS)
 
 bench-setup: $(BENCH_READY) ## create .venv-bench, where `make bench` finds other packers to compare with
 

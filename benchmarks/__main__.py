@@ -39,6 +39,9 @@ Name = Literal[
     "step",
     "vectors",
     "gpu",
+    "gpu_programs",
+    "gpu_mix",
+    "gpu_loss",
 ]
 Rows = list[dict[str, Any]]
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +101,14 @@ BENCHMARKS: dict[Name, Benchmark] = {
     "vectors": Benchmark(
         bench_vectors.run, "encoded images to vectors", prints=True, reads_photos=True
     ),
-    "gpu": Benchmark(bench_gpu.run, "a training step on a GPU", prints=True),
+    "gpu": Benchmark(bench_gpu.run, "a training step on a GPU, by backend", prints=True),
+    "gpu_programs": Benchmark(
+        bench_gpu.run_programs, "a training step on a GPU against other programs'", prints=True
+    ),
+    "gpu_mix": Benchmark(
+        bench_gpu.run_mix, "on a GPU, the paper's mix against a fixed square", prints=True
+    ),
+    "gpu_loss": Benchmark(bench_gpu.run_loss, "on a GPU, tiled against dense loss", prints=True),
 }
 
 

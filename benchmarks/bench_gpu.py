@@ -2,15 +2,14 @@
 
 Forward + backward under bfloat16 autocast (the loss in float32), on images of 8 to 256 tokens.
 
-- *backends*: NaViT B and L with xformers, torch's variable-length kernel and segments, those that
-  run here; the variable-length kernel compiled too. *packed / dense* is useful tokens/s against
-  equal images without packing, as many tokens, the same root-mean-square length
-  (`benchmarks.dense`), compiled where ours is. *MFU* is model FLOP/s (`navit.train.flops`, three
-  forward passes, nothing computed twice) over the rate of a large bfloat16 matrix product measured
-  in the same run.
-- *programs*: NaViT B against towers of other programs (`benchmarks.bench_towers`), all eager.
-- *mix*: images/s on the paper's mix against a fixed square (`benchmarks.bench_mix`), NaViT B.
-- *loss*: the tiled contrastive loss against the dense formula, by side of a tile, with peak memory.
+- `run`: NaViT B and L with xformers, torch's variable-length kernel and segments, those that run
+  here; the variable-length kernel compiled too. *packed / dense* is useful tokens/s against equal
+  images without packing, as many tokens, the same root-mean-square length (`benchmarks.dense`),
+  compiled where ours is. *MFU* is model FLOP/s (`navit.train.flops`, three forward passes, nothing
+  computed twice) over the rate of a large bfloat16 matrix product measured in the same run.
+- `run_programs`: NaViT B against towers of other programs (`benchmarks.bench_towers`), all eager.
+- `run_mix`: images/s on the paper's mix against a fixed square (`benchmarks.bench_mix`), NaViT B.
+- `run_loss`: the tiled contrastive loss against the dense formula, by side of a tile.
 
 Wanted: packed at least 0.95 of dense, MFU 55 %. Without a CUDA device only ``quick`` runs, on the
 CPU, to see that everything runs.
@@ -55,21 +54,25 @@ Rows = list[dict[str, Any]]
 
 
 def run(quick: bool = False) -> Rows:
-    """Measure all four parts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not quick:
-        print("no CUDA device here: nothing to measure")
+    """Measure every backend with both sizes."""
+    device = _device(quick)
+    if device is None:
         return []
     rate = matmul_rate(device, torch.bfloat16)
     print(f"large bfloat16 product: {rate / 1e12:.1f} TFLOP/s")
     rows: Rows = []
     for name in ("tiny",) if quick else ("b", "l"):
         rows += _backends(name, 6 if quick else 256, device, rate, quick=quick)
-    rows += _programs("tiny" if quick else "b", 6 if quick else 256, device, quick=quick)
-    rows += _mix("tiny" if quick else "b", 2 if quick else 128, device, quick=quick)
-    for count in (64,) if quick else (8192, 32768):
-        rows += _loss(count, device, quick=quick)
     return rows
+
+
+def _device(quick: bool) -> torch.device | None:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if quick:
+        return torch.device("cpu")
+    print("no CUDA device here: nothing to measure")
+    return None
 
 
 def _backends(name: str, count: int, device: torch.device, rate: float, *, quick: bool) -> Rows:
@@ -100,7 +103,6 @@ def _backends(name: str, count: int, device: torch.device, rate: float, *, quick
         timed = paired_ratio(dense, packed, pairs=2 if quick else 10, warmup=3)
         flops = STEP_OVER_FORWARD * image_flops(config, lengths)
         row = {
-            "part": "backends",
             "model": name,
             "backend": backend + (", compiled" if compiled else ""),
             "packed_over_dense": timed.ratio * share,
@@ -119,8 +121,12 @@ def _backends(name: str, count: int, device: torch.device, rate: float, *, quick
     return rows
 
 
-def _programs(name: str, count: int, device: torch.device, *, quick: bool) -> Rows:
-    images = mixed_images(count, seed=0)
+def run_programs(quick: bool = False) -> Rows:
+    """Measure the towers of other programs that are installed."""
+    device, name = _device(quick), "tiny" if quick else "b"
+    if device is None:
+        return []
+    images = mixed_images(6 if quick else 256, seed=0)
     tokens = sum(len(image.patches) for image in images)
     config = NaViTConfig.named(name, patch_size=PATCH_SIZE)
     model, forward = packed_tower(config, images, device)
@@ -129,9 +135,8 @@ def _programs(name: str, count: int, device: torch.device, *, quick: bool) -> Ro
     rows = []
     for peer in peers_there():
         theirs = training_step(*TOWERS[peer](config, images, device), torch.bfloat16, backward=True)
-        timed = paired_ratio(theirs, ours, pairs=2 if quick else 6, warmup=2)
+        timed = paired_ratio(theirs, ours, pairs=2 if quick else 4, warmup=2)
         row = {
-            "part": "programs",
             "model": name,
             "against": peer,
             "times_their_speed": timed,
@@ -147,7 +152,11 @@ def _programs(name: str, count: int, device: torch.device, *, quick: bool) -> Ro
     return rows
 
 
-def _mix(name: str, sequences: int, device: torch.device, *, quick: bool) -> Rows:
+def run_mix(quick: bool = False) -> Rows:
+    """Measure images/s of both, uncompiled and compiled."""
+    device, name, sequences = _device(quick), "tiny" if quick else "b", 2 if quick else 128
+    if device is None:
+        return []
     mix, squares = (make(sequences).to(device) for make in (mixed_batch, square_batch))
     rows = []
     for compiled in (False, True):
@@ -162,7 +171,6 @@ def _mix(name: str, sequences: int, device: torch.device, *, quick: bool) -> Row
         timed = paired_ratio(fixed, packed, pairs=2 if quick else 10, warmup=3)
         share = mix.num_images / squares.num_images
         row = {
-            "part": "mix",
             "model": name + (", compiled" if compiled else ""),
             "times_the_images_per_s": timed.ratio * share,
             "tokens_alone": share * squares.stats.tokens / mix.stats.tokens,
@@ -178,6 +186,15 @@ def _mix(name: str, sequences: int, device: torch.device, *, quick: bool) -> Row
             flush=True,
         )
     return rows
+
+
+def run_loss(quick: bool = False) -> Rows:
+    """Measure two numbers of pairs."""
+    device = _device(quick)
+    if device is None:
+        return []
+    counts = (64,) if quick else (8192, 32768)
+    return [row for count in counts for row in _loss(count, device, quick=quick)]
 
 
 def _loss(count: int, device: torch.device, *, quick: bool) -> Rows:
@@ -196,7 +213,6 @@ def _loss(count: int, device: torch.device, *, quick: bool) -> Rows:
         tiled = step(contrastive_loss, chunk_size=side)
         timed = paired_ratio(tiled, dense, pairs=2 if quick else 4)
         row = {
-            "part": "loss",
             "num_pairs": count,
             "chunk_size": side,
             "tiled_mib": _peak_mib(tiled, device),

@@ -171,6 +171,7 @@ def run_case(world: World, case: Case) -> dict[str, np.ndarray]:
     task.model.to(world.device)
     if not isinstance(task, MaskedTask) and task.teacher is not None:
         task.teacher.model.to(world.device)
+        task.teacher.device = world.device
     model = parallelize(task.model, world, ParallelConfig(case.strategy))
     torch.manual_seed(1)
     targets = case.kind == "targets"
