@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from navit.label_loss import LabelLoss, mean_over_ranks
-from navit.loss_tiles import Gradients, Ranks, RunningLogSumExp, Tile, Tiles
+from navit.loss_tiles import Gradients, Ranks, RunningLogSumExp, Tile, Tiles, tile_side
 
 Divergence = Literal["forward", "reverse"]
 """KL(teacher || student), or KL(student || teacher)."""
@@ -86,7 +86,7 @@ def contrastive_distillation(
     teacher_scale: Float[Tensor, ""],
     *,
     kl: Divergence = "forward",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean divergence between similarity distributions of N pairs.
@@ -121,8 +121,6 @@ def contrastive_distillation(
     counts = [len(x) for x in (image, text, teacher_image, teacher_text)]
     if len(set(counts)) != 1:
         raise ValueError(f"all vectors must be of the same pairs; got {counts} of them.")
-    if isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive number of pairs; got {chunk_size}.")
     loss: Tensor = _PairDivergence.apply(  # type: ignore[no-untyped-call]
         image,
         text,
@@ -131,7 +129,7 @@ def contrastive_distillation(
         teacher_text.detach(),
         teacher_scale.detach(),
         kl,
-        chunk_size,
+        tile_side(chunk_size, image.device),
         Ranks(group, image),
     )
     return loss

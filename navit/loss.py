@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from navit.loss_tiles import Gradients, Ranks, RunningLogSumExp, Tiles
+from navit.loss_tiles import Gradients, Ranks, RunningLogSumExp, Tiles, tile_side
 
 
 def contrastive_loss(
@@ -31,7 +31,7 @@ def contrastive_loss(
     text: Float[Tensor, "N D"],
     logit_scale: Float[Tensor, ""],
     *,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     text_ids: Int64[Tensor, " N"] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
@@ -44,8 +44,8 @@ def contrastive_loss(
         image: Image vectors, normalised by the caller; row i belongs to row i of ``text``.
         text: Text vectors, normalised by the caller.
         logit_scale: The multiplier itself (inverse temperature), not its logarithm.
-        chunk_size: Side of a tile of scores. Changes time and memory, not the result. 512 keeps
-            both float32 buffers in a 2 MiB cache; a GPU prefers 2048 or more.
+        chunk_size: Side of a tile of scores. Changes time and memory, not the result. None is 512
+            on a CPU, where both float32 buffers then stay in a 2 MiB cache, and 4096 on a GPU.
         text_ids: Equal ids mark identical captions. Another pair's identical caption is no
             negative: its score is left out of the softmax of both row and column.
         group: Ranks that share the loss; None for this process alone. Numbers of pairs may
@@ -63,7 +63,8 @@ def contrastive_loss(
     loss", computes it from chunks with accumulated softmax statistics. Tiling rows and columns at
     once and leaving identical captions out are our choices.
     """
-    _check(image, text, chunk_size)
+    chunk_size = tile_side(chunk_size, image.device)
+    _check(image, text)
     if text_ids is not None and text_ids.shape != image.shape[:1]:
         raise ValueError(
             f"text_ids must hold one id per pair, shape ({len(image)},); "
@@ -81,7 +82,7 @@ def sigmoid_loss(
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""],
     *,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
     """Pairwise sigmoid loss of SigLIP: every (image, text) is a match or not, judged alone.
@@ -106,7 +107,8 @@ def sigmoid_loss(
 
     Source: SigLIP (arXiv:2303.15343), section 3.2 and algorithm 1.
     """
-    _check(image, text, chunk_size)
+    chunk_size = tile_side(chunk_size, image.device)
+    _check(image, text)
     loss: Tensor = _SigmoidLoss.apply(  # type: ignore[no-untyped-call]
         image, text, logit_scale, logit_bias, chunk_size, Ranks(group, image)
     )
@@ -208,11 +210,9 @@ class _SigmoidLoss(torch.autograd.Function):
             return *grads.result(factor), grad_bias, None, None
 
 
-def _check(image: Tensor, text: Tensor, chunk_size: int) -> None:
+def _check(image: Tensor, text: Tensor) -> None:
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(
             "image and text must hold one vector per pair, the same shape (N, D); "
             f"got {tuple(image.shape)} and {tuple(text.shape)}."
         )
-    if isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive number of pairs; got {chunk_size}.")

@@ -8,6 +8,23 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+CPU_TILE, GPU_TILE = 512, 4096
+"""Sides of a tile where none is given. On an H200 tiles of 512 took fourteen times the time of
+tiles of 4,096, most of it between the calls; larger ones gained little for their memory."""
+
+
+def tile_side(chunk_size: int | None, device: torch.device) -> int:
+    """Return the side of a tile: ``chunk_size``, or where it is None that of the device.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if chunk_size is None:
+        return CPU_TILE if device.type == "cpu" else GPU_TILE
+    if isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of pairs; got {chunk_size}.")
+    return chunk_size
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from navit.loss import contrastive_loss, sigmoid_loss
+from navit.loss_tiles import tile_side
 from tests.reference import contrastive as reference
 
 few = settings(max_examples=25, deadline=None)
@@ -237,6 +238,12 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     function = getattr(contrastive_loss, "__wrapped__", contrastive_loss)
     with pytest.raises(ValueError, match=message):
         function(logit_scale=torch.tensor(1.0), **arguments)
+
+
+def test_a_gpus_tiles_are_larger_than_a_cpus() -> None:
+    assert tile_side(None, torch.device("cpu")) == 512
+    assert tile_side(None, torch.device("cuda")) == 4096
+    assert tile_side(7, torch.device("cuda")) == 7
 
 
 WORLDS = [(3, 5), (4, 0), (1, 6, 2), (0, 0, 3), (0, 0)]

@@ -18,6 +18,7 @@ from navit.train.setup import resolve_run, resolve_shards
         ({"contrastive_loss": "hinge"}, "must be 'softmax' or 'sigmoid'; got 'hinge'"),
         ({"time_limit": 0.0}, "time_limit must be positive, or None; got 0.0"),
         ({"num_streams": 0}, "num_streams must be at least 1, or None; got 0"),
+        ({"loss_chunk": 0}, "loss_chunk must be at least 1, or None; got 0"),
         ({"val": ("v.tar",)}, "val needs shards"),
         ({"task": "segment"}, "'contrastive', 'classify' or 'masked'; got 'segment'"),
         ({"task": "masked", "teacher": Path("t")}, "takes no teacher and freezes nothing"),
