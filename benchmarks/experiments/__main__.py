@@ -6,7 +6,7 @@ Run again, it goes on: finished runs are skipped, an interrupted one continues f
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -14,6 +14,7 @@ from time import monotonic
 import tyro
 
 from benchmarks.experiments.arms import EXPERIMENTS, SQUARE, Arm, Experiment, Letter, arm_config
+from benchmarks.experiments.command import write_results
 from benchmarks.experiments.data import DataSet, data_sets
 from benchmarks.experiments.run import (
     ArmResult,
@@ -223,8 +224,6 @@ def write_summary(
     from benchmarks.experiments.summary import format_table
 
     told, pictures = [], []
-    if options.quick:
-        told.append("A trial with tiny towers: the numbers mean nothing.")
     for letter in options.only:
         experiment = EXPERIMENTS[letter]
         for data in _used(options, sets, letter):
@@ -233,9 +232,8 @@ def write_summary(
                 told.append(format_table(experiment, data.name, own))
                 path = options.folder / f"{letter}-{data.name}.png"
                 pictures.append(draw(experiment, data.name, own, path))
-    (options.folder / "summary.md").write_text("\n\n".join(told) + "\n")
-    rows = {"environment": environment(), "results": [asdict(result) for result in results]}
-    (options.folder / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
+    prog = "python -m benchmarks.experiments"
+    write_results(options.folder, prog, "\n\n".join(told), results, quick=options.quick)
     return pictures
 
 

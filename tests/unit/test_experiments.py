@@ -188,6 +188,7 @@ def test_a_stored_run_stays_one_of_its_settings_when_others_are_added() -> None:
     assert agrees(stored, {"steps": 5, "packer": {"patch_size": 8, "mixing": "x"}, "freeze": []})
     assert not agrees(stored, {"steps": 6, "packer": {"patch_size": 8}})
     assert not agrees(stored, {"steps": 5, "packer": {}})
+    assert agrees({**stored, "loss_chunk": 512}, {**stored, "loss_chunk": None})  # time alone
 
 
 def test_squares_are_whole_images_of_the_side_asked_for(tmp_path: Path) -> None:
