@@ -47,7 +47,7 @@ class Options:
     """Experiments to run, in this order."""
     sets: tuple[str, ...] = ()
     """Data sets, of "demo" (drawn scenes of 256 px and more), "pairs" (photographs beside the
-    repository) and "own" (--shards); none: scenes for all experiments, the others for a and c."""
+    repository) and "own" (--shards); none: scenes for all experiments, the others for a."""
     seeds: int = 3
     """Seeds of every arm: 0, 1, ..."""
     minutes_per_run: float = 0.9

@@ -185,11 +185,21 @@ def test_the_readmes_snippets_run_in_their_order(
     assert len(names["stored"]["streams"]) == 2
 
 
-def test_the_loss_for_open_clip_is_the_dense_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_losses_for_open_clip_are_the_dense_ones(capsys: pytest.CaptureFixture[str]) -> None:
     open_clip_loss.main()
-    loss, dense, difference = map(float, re.findall(r"\d\.\d+(?:e-\d+)?", capsys.readouterr().out))
-    assert loss == pytest.approx(dense, abs=2e-6)
-    assert difference < 1e-8
-    image, text = torch.eye(4), torch.eye(4)
-    told = open_clip_loss.TiledClipLoss()(image, text, torch.tensor(3.0), output_dict=True)
-    assert float(told["contrastive_loss"]) == pytest.approx(0.1392, abs=1e-4)  # ln(1 + 3 e^-3)
+    numbers = re.findall(r"\d+\.\d+(?:e-\d+)?", capsys.readouterr().out)
+    assert len(numbers) == 6
+    for loss, dense, difference in (map(float, numbers[:3]), map(float, numbers[3:])):
+        assert loss == pytest.approx(dense, rel=2e-6)
+        assert difference < 1e-8
+    image, text, scale = torch.eye(4), torch.eye(4), torch.tensor(3.0)
+    bias = torch.tensor(-2.0, requires_grad=True)
+    # As open_clip's trainer calls them: what the model returned by name, and output_dict.
+    given = {"image_features": image, "text_features": text, "logit_scale": scale}
+    given |= {"logit_bias": bias, "output_dict": True}
+    told = open_clip_loss.TiledClipLoss()(**given)["contrastive_loss"]
+    assert told.item() == pytest.approx(0.1392, abs=1e-4)  # ln(1 + 3 e^-3)
+    assert torch.autograd.grad(told, bias)[0] == 0
+    told = open_clip_loss.TiledSigLipLoss()(**given)["contrastive_loss"]
+    # ln(1 + e^-1) for the pair, ln(1 + e^-2) for each of the three others
+    assert told.item() == pytest.approx(0.3133 + 3 * 0.1269, abs=1e-4)
