@@ -105,16 +105,20 @@ def test_sigmoid_gradients_pass_gradcheck() -> None:
 @pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_float32_features_lose_at_most_2e_6_times_the_scale(loss: str, scale: float) -> None:
-    inputs = *vectors(1, 300, 64, torch.float32), torch.tensor(scale)
+    """Value and every gradient, absolutely; texts that fit no image, so that every score counts."""
+    image, text = vectors(1, 300, 64, torch.float32)[0], vectors(2, 300, 64, torch.float32)[1]
+    inputs = image, text, torch.tensor(scale)
     if loss == "sigmoid":
-        inputs = *inputs, torch.tensor(-scale)
+        inputs = *inputs, torch.tensor(-10.0)
         found = with_gradients(partial(sigmoid_loss, chunk_size=128), *inputs)
         exact = with_gradients(reference.sigmoid_loss, *(value.double() for value in inputs))
     else:
         found = with_gradients(partial(contrastive_loss, chunk_size=128), *inputs)
         exact = with_gradients(dense_softmax, *(value.double() for value in inputs))
 
-    assert_all_close(found, exact, 2e-6 * scale)
+    assert exact[0] > 1
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-6 * scale)
     assert all(value.dtype == torch.float32 for value in found)
 
 
@@ -127,18 +131,23 @@ def dense_softmax(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_half_precision_features_get_float32_scores_also_inside_autocast(
-    dtype: torch.dtype,
+    loss: str, dtype: torch.dtype
 ) -> None:
     """Only the returned gradients are rounded to the features' dtype; the value is float32."""
-    image, text = vectors(2, 40, 16, dtype)
-    scale = torch.tensor(100.0)
-    exact = with_gradients(dense_softmax, image.double(), text.double(), scale.double())
+    inputs = [*vectors(2, 40, 16, dtype), torch.tensor(100.0)]
+    tiled, dense = partial(contrastive_loss, chunk_size=16), dense_softmax
+    if loss == "sigmoid":
+        inputs.append(torch.tensor(-10.0))
+        tiled, dense = partial(sigmoid_loss, chunk_size=16), reference.sigmoid_loss
+    exact = with_gradients(dense, *(value.double() for value in inputs))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = with_gradients(partial(contrastive_loss, chunk_size=16), image, text, scale)
+        found = with_gradients(tiled, *inputs)
 
-    assert [value.dtype for value in found] == [torch.float32, dtype, dtype, torch.float32]
+    kept = [torch.float32] * (len(inputs) - 2)
+    assert [value.dtype for value in found] == [torch.float32, dtype, dtype, *kept]
     torch.testing.assert_close(found[0].double(), exact[0], rtol=0, atol=2e-6 * 100)
     for one, other in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(
@@ -246,14 +255,14 @@ def test_a_gpus_tiles_are_larger_than_a_cpus() -> None:
     assert tile_side(7, torch.device("cuda")) == 7
 
 
-WORLDS = [(3, 5), (4, 0), (1, 6, 2), (0, 0, 3), (0, 0)]
+WORLDS = [(3, 5), (4, 0), (1, 6, 2), (0, 0, 3), (0, 0), (5, 0, 2, 1), (1, 4, 3, 6)]
 
 
 def _rank(rank: int, port: int, results: Any) -> None:
-    """Compute every world's loss on this rank; worlds smaller than three use a sub-group."""
+    """Compute every world's loss on this rank; smaller worlds use a sub-group."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
-    groups = {2: dist.new_group([0, 1]), 3: dist.new_group([0, 1, 2])}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+    groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
     found = {}
     for counts in WORLDS:
         if rank >= len(counts):
@@ -286,8 +295,8 @@ def test_ranks_with_uneven_counts_share_one_exact_loss() -> None:
         port = probe.getsockname()[1]
     results = multiprocessing.get_context("spawn").SimpleQueue()
     # Joins all ranks, and raises the first error of any.
-    multiprocessing.spawn(_rank, (port, results), nprocs=3)
-    collected = [found for _, found in sorted((results.get() for _ in range(3)), key=itemgetter(0))]
+    multiprocessing.spawn(_rank, (port, results), nprocs=4)
+    collected = [found for _, found in sorted((results.get() for _ in range(4)), key=itemgetter(0))]
 
     for counts in WORLDS:
         image, text = vectors(8, sum(counts), 4)
