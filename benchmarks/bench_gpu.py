@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_loss import one_matmul
 from benchmarks.bench_mix import mixed_batch, square_batch
 from benchmarks.bench_towers import (
     PATCH_SIZE,
@@ -35,6 +34,7 @@ from benchmarks.bench_towers import (
     training_step,
 )
 from benchmarks.dense import dense_forward, equal_images, run_blocks
+from benchmarks.dense_loss import one_matmul
 from benchmarks.harness import paired_ratio
 from navit.loss import contrastive_loss
 from navit.model import NaViT, NaViTConfig

@@ -26,49 +26,26 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import loss_ranks, peers
+from benchmarks.dense_loss import (
+    CHUNK,
+    one_matmul,
+    sigmoid_chunks,
+    sigmoid_whole,
+    two_matmuls,
+    value_and_gradients,
+)
 from benchmarks.harness import paired_ratio
 from navit.loss import contrastive_loss, sigmoid_loss
 
 DIM = 512
-CHUNK = 512
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Environment of the processes that measure memory: glibc gives large blocks back at once. Without
 it the same loss took 325 to 736 MiB, by how the heap happened to be cut up."""
 WANTED_ERROR = 2e-6
 """Largest error of value or gradients that is wanted, times the scale."""
 Rows = list[dict[str, Any]]
-
-
-def two_matmuls(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Compute the loss from scores per image and per text, each by a product of its own."""
-    target = torch.arange(len(image), device=image.device)
-    per_image, per_text = logit_scale * image @ text.T, logit_scale * text @ image.T
-    return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
-
-
-def one_matmul(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Compute the loss from one dense matrix of scores and its transpose."""
-    target = torch.arange(len(image), device=image.device)
-    scores = logit_scale * image @ text.T
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-
-
-def sigmoid_whole(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Compute the sigmoid loss from the whole matrix of scores."""
-    sign = 2 * torch.eye(len(image), dtype=image.dtype, device=image.device) - 1
-    return -F.logsigmoid(sign * (scale * image @ text.T + bias)).sum() / len(image)
-
-
-def sigmoid_chunks(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Compute the sigmoid loss in chunks of rows; autograd keeps the scores of all of them."""
-    total = -(scale * (image * text).sum(-1) + bias).sum()
-    for first in range(0, len(image), CHUNK):
-        rows = image[first : first + CHUNK]
-        total = total + F.softplus(scale * rows @ text.T + bias).sum()
-    return total / len(image)
 
 
 @cache
@@ -99,13 +76,13 @@ def run(quick: bool = False) -> Rows:
     with _one_thread():
         if quick:
             rows = _measure(256, softmax, 2, own_process) + _measure(256, sigmoid, 2, own_process)
-            return rows + _errors(256)
+            return rows + _errors(256) + loss_ranks.measure((5, 0, 2, 9))
         rows = _measure(4096, softmax, 4, own_process)
         # The simple alternative says nothing new at larger sizes, and costs minutes.
         rows += _measure(8192, softmax[:2], 4, own_process)
         rows += _measure(8192, sigmoid, 2, own_process)
         rows += _measure(16384, softmax[:2], 2, own_process, warmup=0)
-        return rows + _errors(4096)
+        return rows + _errors(4096) + loss_ranks.measure()
 
 
 # Time and memory
@@ -200,8 +177,8 @@ def _errors(count: int) -> Rows:
             numbers = [*F.normalize(vectors, dim=-1), torch.tensor(scale)]
             if exact is sigmoid_whole:
                 numbers.append(torch.tensor(-10.0))
-            found = _value_and_gradients(losses()[variant], numbers)
-            truth = _value_and_gradients(exact, [number.double() for number in numbers])
+            found = value_and_gradients(losses()[variant], numbers)
+            truth = value_and_gradients(exact, [number.double() for number in numbers])
             errors = [float((a - b).abs().max()) for a, b in zip(found, truth, strict=True)]
             relative = [
                 error / float(value.abs().max()) for error, value in zip(errors, truth, strict=True)
@@ -226,12 +203,6 @@ def _errors(count: int) -> Rows:
             )
             rows.append(row)
     return rows
-
-
-def _value_and_gradients(loss: peers.Loss, numbers: list[Tensor]) -> list[Tensor]:
-    inputs = [number.detach().requires_grad_() for number in numbers]
-    value = loss(*inputs)
-    return [value.detach(), *torch.autograd.grad(value, inputs)]
 
 
 @contextmanager

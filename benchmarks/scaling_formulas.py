@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from navit.loss_tiles import GPU_TILE
 from navit.model.clip import CLIP
 from navit.model.config import CLIPConfig, NaViTConfig, TextConfig
 from navit.train.flops import STEP_OVER_FORWARD, image_flops, text_flops
@@ -66,7 +67,7 @@ def exchange_bytes(ranks: int, rows: int, dim: int) -> tuple[float, float]:
     return 4.0 * others * dim, 2 * 4.0 * others * (dim + 2)
 
 
-def loss_memory(ranks: int, rows: int, dim: int, chunk: int = 2048) -> float:
+def loss_memory(ranks: int, rows: int, dim: int, chunk: int = GPU_TILE) -> float:
     """Return the bytes of the loss on a rank: gathered texts, gradients, statistics, two tiles.
 
     Gathering holds the texts twice for a moment: as parts and joined.

@@ -62,13 +62,6 @@ class Measured:
     """Memory of a shard's path in the list that every process holds."""
     loss_flops_per_second: float
     """Of the tiled loss, forward and backward."""
-    matmul_flops_per_second: float
-    """Of a plain float32 matrix product."""
-
-    @property
-    def loss_efficiency(self) -> float:
-        """Rate of the tiled loss as a share of the plain product's."""
-        return self.loss_flops_per_second / self.matmul_flops_per_second
 
 
 def measure(
@@ -88,7 +81,7 @@ def measure(
     torch.set_num_threads(1)
     try:
         pairs, fresh, resumed, state = _restart(images, 40 if quick else 2 * SHUFFLE_WINDOW, quick)
-        loss, product = _loss_rate(128 if quick else 2048, repeats=1 if quick else 3)
+        loss = _loss_rate(128 if quick else 2048, repeats=1 if quick else 3)
         opened, ordered, named = _shard_costs(20 if quick else 2000)
     finally:
         torch.set_num_threads(threads)
@@ -106,7 +99,6 @@ def measure(
         order_seconds_per_shard=ordered,
         bytes_per_shard_name=named,
         loss_flops_per_second=loss,
-        matmul_flops_per_second=product,
     )
 
 
@@ -198,22 +190,17 @@ def _with_digits(state: dict[str, Any], num_shards: int, shard_bytes: int) -> di
     return large
 
 
-def _loss_rate(count: int, *, dim: int = 512, repeats: int) -> tuple[float, float]:
-    """Return operations per second of the tiled loss and of a plain product, float32."""
+def _loss_rate(count: int, *, dim: int = 512, repeats: int) -> float:
+    """Return operations per second of the tiled loss, float32."""
     generator = torch.Generator().manual_seed(0)
     sides = F.normalize(torch.randn(2, count, dim, generator=generator), dim=-1)
     image, text = (side.clone().requires_grad_() for side in sides)
     scale = torch.tensor(20.0, requires_grad=True)
-    plain = torch.empty(count, count)
 
     def step() -> None:
         contrastive_loss(image, text, scale).backward()  # type: ignore[no-untyped-call]
 
-    def product() -> None:
-        torch.mm(image.detach(), text.detach().T, out=plain)
-
-    tiled = loss_flops(count, count, dim) / _least_seconds(step, repeats)
-    return tiled, 2.0 * count * count * dim / _least_seconds(product, repeats)
+    return loss_flops(count, count, dim) / _least_seconds(step, repeats)
 
 
 def _least_seconds(function: Callable[[], object], repeats: int) -> float:

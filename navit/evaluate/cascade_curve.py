@@ -37,7 +37,7 @@ def draw_cascade(report: CascadeReport, path: Path) -> Path:
     Returns:
         ``path``.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.9), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     speeds = {point.exit_fractions: point.images_per_second for point in report.of("cascade")}
     for method in METHODS:
@@ -69,7 +69,8 @@ def draw_cascade(report: CascadeReport, path: Path) -> Path:
             fontsize=8,
             color="#444b55",
         )
-    left.legend(loc="lower right", frameon=False, fontsize=9)
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     budgets = " -> ".join(str(budget) for budget in report.budgets)
     figure.suptitle(f"A cascade of {budgets} tokens, {report.images:,} images", weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,8 @@ class Case:
     frozen: tuple[Tower, ...] = ()
     taught: bool = False
     """Whether half of the loss is the distance to a wider teacher."""
+    half: bool = False
+    """Whether the weights are float32, and the passes in bfloat16."""
 
 
 def deal(ranks: int, accumulate: int, *, empty_rank: int | None = None) -> Split:
@@ -169,6 +171,8 @@ def run_case(world: World, case: Case) -> dict[str, np.ndarray]:
     """Run one step on this rank; return its loss, number of images and gradients."""
     task = make_task(case)
     task.model.to(world.device)
+    if case.half:
+        task.model.float()
     if not isinstance(task, MaskedTask) and task.teacher is not None:
         task.teacher.model.to(world.device)
         task.teacher.device = world.device
@@ -176,7 +180,8 @@ def run_case(world: World, case: Case) -> dict[str, np.ndarray]:
     torch.manual_seed(1)
     targets = case.kind == "targets"
     batches = [make_batch(samples, with_targets=targets) for samples in case.split[world.rank]]
-    found = gradients(task, model, batches, world, cache=case.cache)
+    dtype = torch.bfloat16 if case.half else None
+    found = gradients(task, model, batches, world, autocast_dtype=dtype, cache=case.cache)
     grads = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
     return {
         "loss": np.asarray(found.loss),

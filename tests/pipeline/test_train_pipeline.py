@@ -1,6 +1,7 @@
 """Tar to loss, stop and resume, evaluate: the commands a user types, on a tiny set and model."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -88,8 +89,20 @@ def test_a_run_leaves_everything_it_promises(undisturbed: Path) -> None:
     assert 0 <= result["metrics"]["text_to_image/recall@10"] <= 1
     assert result["padding"] < 0.05
     assert len(losses(undisturbed)) == 30
-    last = read_metrics(undisturbed / "metrics.jsonl")
-    assert {"train", "rates", "eval"} == {line["event"] for line in last}
+    lines = read_metrics(undisturbed / "metrics.jsonl")
+    assert {"train", "rates", "eval"} == {line["event"] for line in lines}
+    for line in lines:
+        if line["event"] == "train":
+            assert 0 < line["gradient_norm"] < 1e4
+            assert line["images"] > 0
+        elif line["event"] == "rates":
+            assert all(math.isfinite(value) for value in line.values() if value != "rates")
+            assert line["tokens_per_second"] > line["images_per_second"] > 0
+            assert 0 <= line["padding"] < 0.05
+            assert 0 <= line["drop_rate"] < 1
+            assert 0 <= line["data_wait"] < 1
+            assert 0 < line["mfu"] < 1
+            assert line["rss_mib"] > 100
 
 
 # test_kills.py has SIGKILL among the fast tests.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from navit.model.clip import CLIP
 from navit.serialize import from_plain
 from navit.train.checkpoint import find_checkpoint, load_tensors, read_state, stored_tensors
 from navit.train.config import TrainConfig
@@ -150,8 +151,10 @@ def test_a_sharded_run_goes_on_sharded_otherwise_and_whole(
     def args(name: str, strategy: str, steps: int, *more: str) -> list[str]:
         options = ("--num-streams", str(STREAMS), "--val", shards[0], "--steps", str(steps))
         drop = ("--model.vision.drop-path", "0")  # draws are of each rank
+        # Whole steps from the first one on, so that nine of them move the weights.
+        rate = ("--optim.warmup-steps", "0", "--optim.cooldown-steps", "0")
         strategy_option = ("--parallel.strategy", strategy)
-        return train_args(shards, tmp_path / name, *options, *drop, *strategy_option, *more)
+        return train_args(shards, tmp_path / name, *options, *drop, *rate, *strategy_option, *more)
 
     ended = launch(
         tmp_path,
@@ -168,9 +171,13 @@ def test_a_sharded_run_goes_on_sharded_otherwise_and_whole(
 
     for one in ended:
         finished(one)
-    torch.testing.assert_close(
-        all_tensors(tmp_path / "fsdp"), all_tensors(tmp_path / "ddp"), rtol=1e-3, atol=1e-4
-    )
+    found, expected = all_tensors(tmp_path / "fsdp"), all_tensors(tmp_path / "ddp")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    config = from_plain(TrainConfig, read_state(find_checkpoint(tmp_path / "ddp"))["config"])
+    torch.manual_seed(config.seed)
+    start = CLIP(config.model).state_dict()
+    moved = [(expected["model"][name] - start[name]).abs().max() for name in expected["model"]]
+    assert min(moved) > 1e-3, "far more than the tolerance"
 
 
 @pytest.mark.slow
@@ -280,26 +287,32 @@ PackedStream.__iter__ = broken
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_rank_that_cannot_go_on_ends_all_with_its_reason_and_whole_checkpoints(
     shards: list[str], tmp_path: Path
 ) -> None:
-    def failing(name: str, patch: str = "", **stop: object) -> Launch:
-        options = ("--steps", "300", "--checkpoint-every", "2", "--max-bad-losses", "3")
+    def args(name: str, steps: int, *more: str) -> list[str]:
+        options = ("--steps", str(steps), "--checkpoint-every", "2", "--max-bad-losses", "3")
         options += ("--parallel.timeout-minutes", "0.1")
-        args = train_args(shards, tmp_path / name, *options)
-        return Launch(args, ranks=2, patch=patch, **stop)  # type: ignore[arg-type]
+        # Without a cool-down the schedule does not depend on the number of steps.
+        options += ("--optim.warmup-steps", "0", "--optim.cooldown-steps", "0")
+        return train_args(shards, tmp_path / name, *options, *more)
 
-    full, log, bad, broken, killed, taken = launch(
+    def failing(name: str, patch: str = "", **stop: object) -> Launch:
+        return Launch(args(name, 300), ranks=2, patch=patch, **stop)  # type: ignore[arg-type]
+
+    full, log, bad, broken, killed, taken, *rest = launch(
         tmp_path,
         [
             failing("full", FULL),
             failing("log", NO_ROOM),
-            failing("bad", BAD),
+            failing("bad", RECORD + BAD),
             failing("broken", BROKEN),
             failing("killed", kill=(1, signal.SIGKILL)),
             failing("full"),
+            Launch(args("killed", 60, "--resume"), 2),
+            Launch(args("whole", 60), 2),
         ],
+        timeout=200,
     )
 
     assert full.status == [1, 1], full.stderr
@@ -315,7 +328,14 @@ def test_a_rank_that_cannot_go_on_ends_all_with_its_reason_and_whole_checkpoints
     assert bad.status == [1, 1], bad.stderr
     assert "one was nan in the last of 3 bad steps in a row" in bad.stderr[0]
     lines = read_metrics(tmp_path / "bad" / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["event"] == "bad_loss"] == [3, 4, 5]
+    found = {line["step"]: line["keys"] for line in lines if line["event"] == "bad_loss"}
+    assert list(found) == [3, 4, 5]
+    given = defaultdict(list)
+    for rank in range(2):
+        for row in (tmp_path / "bad" / f"batches-{rank}.jsonl").read_text().splitlines():
+            step, _, keys = json.loads(row)
+            given[step + 1] += keys
+    assert found == {step: given[step] for step in found}
     assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2]
 
     assert broken.status[0] == 1
@@ -330,7 +350,11 @@ def test_a_rank_that_cannot_go_on_ends_all_with_its_reason_and_whole_checkpoints
     assert "rank 0 could not go on, so no rank can" in taken.stderr[1]
     for one in (full, log, bad, killed, taken):
         assert not any("Traceback" in text for text in one.stderr)
-    assert all_tensors(tmp_path / "killed")["model"]
+    for one in rest:
+        finished(one)
+    torch.testing.assert_close(
+        all_tensors(tmp_path / "killed"), all_tensors(tmp_path / "whole"), rtol=0, atol=0
+    )
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ The processes are started once for all fast tests and once for the slow one.
 """
 
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -25,8 +26,8 @@ from navit.train.parallel import (
     whole,
     whole_model,
 )
-from navit.train.ranks import World
-from tests.helpers.distributed import run_ranks, smaller_worlds
+from navit.train.ranks import World, alone
+from tests.helpers.distributed import CPU, run_ranks, smaller_worlds
 from tests.helpers.splits import (
     NUM_SAMPLES,
     Case,
@@ -51,6 +52,7 @@ CASES = [
     Case("softmax", GAPS, "fsdp2"),
     Case("softmax", GAPS, cache=True),
     Case("sigmoid", deal(3, 1, empty_rank=0)),
+    Case("sigmoid", deal(4, 2, empty_rank=1)),
     Case("sigmoid", deal(2, 2), "fsdp2", cache=True),
     Case("labels", deal(4, 1, empty_rank=2)),
     Case("labels", deal(3, 3, empty_rank=2), "fsdp2"),
@@ -65,6 +67,12 @@ CASES = [
     Case("targets", deal(2, 2), taught=True),
     Case("masked", deal(3, 2, empty_rank=1)),
     Case("masked", deal(2, 2), "fsdp2", checkpointing=True),
+]
+HALF = [
+    Case("softmax", deal(2, 2), half=True),
+    Case("softmax", deal(3, 2, empty_rank=1), "fsdp2", cache=True, checkpointing=True, half=True),
+    Case("sigmoid", deal(3, 1), "fsdp2", half=True),
+    Case("labels", deal(2, 2), half=True),
 ]
 GRID = [
     Case(kind, deal(size, accumulate, empty_rank=empty), strategy, cache)
@@ -94,6 +102,7 @@ def run_everything(world: World) -> dict[str, Any]:
     return {
         "exchange": exchange(world),
         "steps": run_cases(world, CASES),
+        "half": run_cases(world, HALF),
         "no images": no_images(world),
         "sharded": [
             train_sharded(worlds[size], optimizer, clip) if world.rank < size else None
@@ -149,6 +158,22 @@ def assert_exact(cases: list[Case], ranks: list[list[Any]]) -> None:
                 np.testing.assert_allclose(
                     found[name], value, rtol=0, atol=1e-9, err_msg=f"{name} of {rank} in {case}"
                 )
+
+
+def test_in_bfloat16_ranks_lose_what_one_loses(ranks: list[dict[str, Any]]) -> None:
+    """Against float64: rounding alone, in the gathered features too, whatever the strategy."""
+    for i, case in enumerate(HALF):
+        exact = expected(case)
+        together = (tuple(sum(parts, ()) for parts in zip(*case.split, strict=True)),)
+        one = run_case(alone(CPU), replace(case, split=together))
+        for rank in range(len(case.split)):
+            found = ranks[rank]["half"][i]
+            assert found.keys() == exact.keys(), case
+            for name, value in exact.items():
+                rounding = np.linalg.norm(one[name] - value)
+                error = np.linalg.norm(found[name] - value)
+                assert error <= 2 * rounding + 0.01 * np.linalg.norm(value), (name, rank, case)
+                assert rounding <= 0.1 * np.linalg.norm(value) + 1e-3, (name, case)
 
 
 def no_images(world: World) -> list[str]:

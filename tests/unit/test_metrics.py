@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from navit.train.metrics import MetricsLog, Throughput, memory_mib, read_metrics
 from navit.train.ranks import World, alone
@@ -23,14 +24,21 @@ class Gathered(World):
 
 def test_lines_are_read_back_and_events_are_written(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
-        log.write("train", 1, {"loss": 2.5})
+        log.write("train", 1, {"loss": 2.5, "images": 3})
         log.write("bad_loss", 2, {"keys": ["a", "b"]})
+        log.write("train", 3, {"loss": 1.25})
 
     assert read_metrics(log.path) == [
-        {"event": "train", "step": 1, "loss": 2.5},
+        {"event": "train", "step": 1, "loss": 2.5, "images": 3},
         {"event": "bad_loss", "step": 2, "keys": ["a", "b"]},
+        {"event": "train", "step": 3, "loss": 1.25},
     ]
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    curves = {
+        name: [(point.step, point.value) for point in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+    assert curves == {"train/loss": [(1, 2.5), (3, 1.25)], "train/images": [(1, 3.0)]}
 
 
 def test_a_resumed_log_forgets_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
