@@ -3,9 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from navit.evaluate.curve import draw_curve
+from navit.evaluate.curve import draw_curve, draw_metrics
 from navit.evaluate.patch_curve import draw_patch_curve
 from navit.evaluate.report import (
     Report,
@@ -168,6 +169,23 @@ def test_the_curve_is_drawn_for_one_budget_or_several(tmp_path: Path) -> None:
             assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 20
     with pytest.raises(ValueError, match="a recall or an accuracy to draw"):
         draw_curve([result(16, metrics={})], tmp_path / "none.png")
+
+
+def test_the_curve_has_quality_over_cost_and_the_spread_of_few_shots() -> None:
+    name, spread = "pets/10_shot_accuracy@1", "pets/10_shot_std"
+    results = [
+        result(budget, metrics={**METRICS, name: quality, spread: quality / 10})
+        for budget, quality in ((16, 0.2), (64, 0.5))
+    ]
+    axes = Figure().subplots()
+    draw_metrics(axes, [15.0, 60.0], results, {name: "10-shot", "pets/linear_accuracy@1": "linear"})
+    shots, linear = axes.containers
+    assert (shots.get_label(), linear.get_label()) == ("10-shot", "linear")
+    assert shots.lines[0].get_xydata().tolist() == [[15.0, 0.2], [60.0, 0.5]]
+    low, high = (cap.get_ydata().tolist() for cap in shots.lines[1])
+    assert (low, high) == (pytest.approx([0.18, 0.45]), pytest.approx([0.22, 0.55]))
+    assert linear.lines[0].get_xydata().tolist() == [[15.0, 0.6], [60.0, 0.6]]
+    assert axes.get_xscale() == "log"
 
 
 def test_budgets_are_sorted_and_positive() -> None:
