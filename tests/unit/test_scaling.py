@@ -118,6 +118,24 @@ def test_every_line_has_a_source_and_a_place_in_the_document() -> None:
         assert format_table(planned, lines).count("\n") == len(lines) + 1
 
 
+def test_lines_of_the_document_that_nothing_measured_enters_are_what_the_code_computes() -> None:
+    """Those that stay the same when every measurement changes, and are not assumed."""
+    planned = Scaling()
+    work = workload(planned.size, planned.embed_dim)
+    other = {f.name: 3.0 for f in fields(Measured) if f.name not in ("bytes_source",)}
+    found = tables(planned, measured(), work)
+    changed = tables(planned, measured(**other), work)
+    written = DOCUMENT.read_text(encoding="utf-8")
+    checked = 0
+    for heading, lines in found.items():
+        part = written.partition(f"### {heading}\n")[2].partition("\n#")[0]
+        for line, twin in zip(lines, changed[heading], strict=True):
+            if line == twin and line.source.startswith("computed"):
+                assert format_table(planned, [line]).splitlines()[2] in part
+                checked += 1
+    assert checked >= 15
+
+
 def test_the_command_prints_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     found = main(["--quick", "--size", "tiny", "--ranks", "2", "4"])
     printed = capsys.readouterr().out
