@@ -172,12 +172,22 @@ def test_a_sharded_run_goes_on_sharded_otherwise_and_whole(
     for one in ended:
         finished(one)
     found, expected = all_tensors(tmp_path / "fsdp"), all_tensors(tmp_path / "ddp")
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     config = from_plain(TrainConfig, read_state(find_checkpoint(tmp_path / "ddp"))["config"])
     torch.manual_seed(config.seed)
     start = CLIP(config.model).state_dict()
-    moved = [(expected["model"][name] - start[name]).abs().max() for name in expected["model"]]
-    assert min(moved) > 1e-3, "far more than the tolerance"
+    # Steps of AdamW and Muon make much of the last digits: a small part of what nine steps moved.
+    for group in ("model", "ema"):
+        assert found[group].keys() == expected[group].keys()
+        for name, value in expected[group].items():
+            if name == "num_updates":
+                assert found[group][name] == value == 9
+                continue
+            moved = value - start[name.removeprefix("average/")]
+            assert moved.abs().max() > 1e-3, name
+            assert (found[group][name] - value).norm() < 0.03 * moved.norm(), name
+    assert found["optimizer"].keys() == expected["optimizer"].keys()
+    for name, value in expected["optimizer"].items():
+        assert (found["optimizer"][name] - value).norm() <= 0.01 * value.norm(), name
 
 
 @pytest.mark.slow
@@ -255,9 +265,9 @@ TrainState.save = full
 """
 BAD = """
 from navit.model import CLIP
-real = CLIP.forward
+good = CLIP.forward
 def bad(self, batch):
-    out = real(self, batch)
+    out = good(self, batch)
     bad.calls += 1
     if rank == 1 and bad.calls > 2:
         out.image.data.fill_(float("nan"))

@@ -169,11 +169,17 @@ def test_in_bfloat16_ranks_lose_what_one_loses(ranks: list[dict[str, Any]]) -> N
         for rank in range(len(case.split)):
             found = ranks[rank]["half"][i]
             assert found.keys() == exact.keys(), case
-            for name, value in exact.items():
-                rounding = np.linalg.norm(one[name] - value)
-                error = np.linalg.norm(found[name] - value)
-                assert error <= 2 * rounding + 0.01 * np.linalg.norm(value), (name, rank, case)
-                assert rounding <= 0.1 * np.linalg.norm(value) + 1e-3, (name, case)
+            assert found["loss"] == pytest.approx(exact["loss"], rel=0.02)
+            # All gradients as one vector: a single small one may be rounding alone.
+            ours, alones, value = (
+                np.concatenate(
+                    [x[name].ravel() for name in exact if name not in ("loss", "images")]
+                )
+                for x in (found, one, exact)
+            )
+            rounding, size = np.linalg.norm(alones - value), np.linalg.norm(value)
+            assert rounding < 0.05 * size, case
+            assert np.linalg.norm(ours - value) < 1.5 * rounding + 0.001 * size, (rank, case)
 
 
 def no_images(world: World) -> list[str]:
