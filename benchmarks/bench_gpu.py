@@ -2,8 +2,8 @@
 
 Forward + backward under bfloat16 autocast (the loss in float32), on images of 8 to 256 tokens.
 
-- `run`: NaViT B and L with xformers, torch's variable-length kernel and segments, those that run
-  here; the variable-length kernel compiled too. *packed / dense* is useful tokens/s against equal
+- `run`: NaViT B and L with xformers and torch's variable-length kernel, those that run here, the
+  latter compiled too; B with segments. *packed / dense* is useful tokens/s against equal
   images without packing, as many tokens, the same root-mean-square length (`benchmarks.dense`),
   compiled where ours is. *MFU* is model FLOP/s (`navit.train.flops`, three forward passes, nothing
   computed twice) over the rate of a large bfloat16 matrix product measured in the same run.
@@ -28,12 +28,13 @@ from benchmarks.bench_towers import (
     PATCH_SIZE,
     SEQ_LEN,
     TOWERS,
+    fastest,
     mixed_images,
     packed_tower,
     peers_there,
     training_step,
 )
-from benchmarks.dense import dense_forward, equal_images, run_blocks
+from benchmarks.dense import dense_forward, equal_images, equal_plan
 from benchmarks.dense_loss import one_matmul
 from benchmarks.harness import paired_ratio
 from navit.loss import contrastive_loss
@@ -91,15 +92,15 @@ def _backends(name: str, count: int, device: torch.device, rate: float, *, quick
             continue
         torch.manual_seed(0)
         model = NaViT(config).to(device)
-        blocks = None
+        dense_tower = dense_forward
         if compiled:
             model.compile()
-            blocks = torch.compile(run_blocks, fullgraph=True)
+            dense_tower = torch.compile(dense_forward, fullgraph=True)
         packed, dense = (
             training_step(model, forward, torch.bfloat16, backward=True)
             for forward in (
                 partial(_pooled, model, batch),
-                partial(dense_forward, model, *inputs, blocks=blocks),
+                partial(dense_tower, model, *inputs, equal_plan(inputs[0])),
             )
         )
         timed = paired_ratio(dense, packed, pairs=2 if quick else 6, warmup=3)
@@ -136,7 +137,11 @@ def run_programs(quick: bool = False) -> Rows:
     mine = _peak_mib(ours, device)
     rows = []
     for peer in peers_there():
-        theirs = training_step(*TOWERS[peer](config, images, device), torch.bfloat16, backward=True)
+        side = TOWERS[peer](config, images, device)
+        if peer == "vit-pytorch":
+            theirs = fastest(side, torch.bfloat16, backward=True)
+        else:
+            theirs = training_step(*side, torch.bfloat16, backward=True)
         timed = paired_ratio(theirs, ours, pairs=2 if quick else 4, warmup=2)
         row = {
             "model": name,

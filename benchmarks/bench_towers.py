@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from benchmarks import peers
-from benchmarks.dense import dense_forward, equal_images
-from benchmarks.harness import Paired, spread
+from benchmarks.dense import dense_forward, equal_images, equal_plan
+from benchmarks.harness import Paired, spread, wait
 from navit.model import NaViT, NaViTConfig
 from tests.helpers.batches import RandomImage, pack_images, random_image
 
@@ -90,7 +90,7 @@ def _rounds(
     """Time every side once a round, ours at both ends."""
     steps = {name: training_step(*side, dtype, backward=backward) for name, side in sides.items()}
     if "vit-pytorch" in steps:
-        steps["vit-pytorch"] = _fastest(sides["vit-pytorch"], dtype, backward=backward)
+        steps["vit-pytorch"] = fastest(sides["vit-pytorch"], dtype, backward=backward)
     order = [*steps, "ours"]
     seconds: dict[str, list[float]] = {name: [] for name in [*steps, "ours again"]}
     label = f"{what(dtype, backward)}"
@@ -169,7 +169,7 @@ def training_step(
     return step
 
 
-def _fastest(side: Side, dtype: torch.dtype, *, backward: bool) -> Callable[[], None]:
+def fastest(side: Side, dtype: torch.dtype, *, backward: bool) -> Callable[[], None]:
     """Return vit-pytorch's step with the sequence length it is fastest with."""
     model, forward = side
     steps = {
@@ -179,8 +179,10 @@ def _fastest(side: Side, dtype: torch.dtype, *, backward: bool) -> Callable[[], 
     seconds = {}
     for length, step in steps.items():
         step()
+        wait()
         start = perf_counter()
         step()
+        wait()
         seconds[length] = perf_counter() - start
     best = min(seconds, key=lambda length: seconds[length])
     tqdm.write(f"vit-pytorch packs into sequences of {best} tokens")
@@ -240,7 +242,8 @@ def _dense(model: nn.Module, images: list[RandomImage]) -> Side:
     """Ours, on equal images without packing."""
     assert isinstance(model, NaViT)
     inputs = equal_images([len(image.patches) for image in images], PATCH_SIZE)
-    return model, lambda: dense_forward(model, *inputs)
+    plan = equal_plan(inputs[0])
+    return model, lambda: dense_forward(model, *inputs, plan)
 
 
 def _vit_pytorch(

@@ -5,8 +5,6 @@ precision avoids torch's slow fused kernel on a CPU, and inference goes through 
 tokens at a time, as the packed model's does.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,9 +12,6 @@ from torch.nn import functional as F
 from navit.model import NaViT
 from navit.model.attention import AttentionPlan
 from navit.model.block import CPU_TOKENS, Attention
-
-Blocks = Callable[[NaViT, Tensor], Tensor]
-"""(model, tokens (n, len, D)) -> tokens after its blocks."""
 
 
 def equal_images(
@@ -39,8 +34,15 @@ def equal_images(
     return patches, positions, grids
 
 
+def equal_plan(patches: Tensor) -> AttentionPlan:
+    """Plan images of equal lengths (n, len, P), which pooling reads as plain views."""
+    plan = AttentionPlan((patches.shape[1],) * patches.shape[0], patches.device)
+    plan.make_tensors()
+    return plan
+
+
 def dense_forward(
-    model: NaViT, patches: Tensor, positions: Tensor, grids: Tensor, *, blocks: Blocks | None = None
+    model: NaViT, patches: Tensor, positions: Tensor, grids: Tensor, plan: AttentionPlan
 ) -> Tensor:
     """Return one vector an image: (n, D).
 
@@ -49,22 +51,19 @@ def dense_forward(
         patches: As `equal_images` makes them.
         positions: As `equal_images` makes them.
         grids: As `equal_images` makes them.
-        blocks: What runs the blocks, `run_blocks` or a compiled form of it.
+        plan: What `equal_plan` makes of the patches.
     """
     n, length, _ = patches.shape
     x = model.patch_embed(patches.flatten(0, 1)) + model.pos_embed(positions, grids)
     in_parts = x.device.type == "cpu" and not torch.is_grad_enabled()
     at_once = max(1, CPU_TOKENS // length) if in_parts else n
-    run = blocks or run_blocks
-    parts = [run(model, part) for part in x.view(n, length, -1).split(at_once)]
-    plan = AttentionPlan((length,) * n, x.device)  # equal lengths: pooling reads plain views
+    parts = [_blocks(model, part) for part in x.view(n, length, -1).split(at_once)]
     assert model.pool is not None
     vectors: Tensor = model.pool(model.norm(torch.cat(parts)).flatten(0, 1), plan)
     return vectors
 
 
-def run_blocks(model: NaViT, x: Tensor) -> Tensor:
-    """Run all blocks on (n, len, D)."""
+def _blocks(model: NaViT, x: Tensor) -> Tensor:
     for block in model.blocks:
         x = x + _attention(block.attn, block.norm1(x))  # type: ignore[operator, arg-type, union-attr]
         x = x + block.mlp(block.norm2(x))  # type: ignore[operator, union-attr]

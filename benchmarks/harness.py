@@ -125,11 +125,17 @@ def _alternate(
 
 
 def _seconds(function: Callable[[], object]) -> float:
+    wait()  # what was started before is not part of it
     start = perf_counter()
     function()
+    wait()
+    return perf_counter() - start
+
+
+def wait() -> None:
+    """Wait until a GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return perf_counter() - start
 
 
 def _returned(function: Callable[[], float]) -> float:

@@ -1,6 +1,8 @@
 """Which attention backend can run where, and which one is chosen."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 
@@ -82,22 +84,27 @@ def _xformers_computes(device: torch.device, dtype: torch.dtype, head_dim: int) 
     """Try xformers once, forward and backward, on two segments.
 
     Its wheels are built for one version of CUDA. Beside a torch of another it can be imported, says
-    so in a warning of its own, and has no kernels.
+    so in a warning of its own, and has no kernels. The trial has a thread of its own, where
+    gradients, autocast, hooks and modes are those of a fresh program.
     """
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_try_xformers, device, dtype, head_dim).result()
 
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        x = torch.zeros(1, 3, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
-        mask = BlockDiagonalMask.from_seqlens([1, 2], device=device)
-        try:
+
+def _try_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    try:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            x = torch.zeros(1, 3, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
+            mask = BlockDiagonalMask.from_seqlens([1, 2], device=device)
             torch.autograd.grad(memory_efficient_attention(x, x, x, attn_bias=mask).sum(), x)
-        except NotImplementedError:
-            return False
+    except torch.OutOfMemoryError:
+        raise
+    # A library that does not load, no operator for these inputs, no kernel for this device.
+    except (ImportError, OSError, RuntimeError):
+        return False
     return True
 
 

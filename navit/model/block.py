@@ -46,18 +46,21 @@ class Attention(nn.Module):
         out: Tensor = self.proj(block_diagonal_attention(*self.normed(q, k), v, plan).flatten(1))
         return out
 
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def normed(
+        self, q: Float[Tensor, "*tokens H Dh"], k: Float[Tensor, "*tokens H Dh"]
+    ) -> tuple[Float[Tensor, "*tokens H Dh"], Float[Tensor, "*tokens H Dh"]]:
         """Normalise queries and keys per head, in their own type."""
         return head_norm(self.q_norm, q), head_norm(self.k_norm, k)
 
 
 def head_norm(norm: nn.Module, x: Float[Tensor, "*tokens H Dh"]) -> Float[Tensor, "*tokens H Dh"]:
-    """Layer-normalise in the type of ``x``, statistics in float32 or better.
+    """Normalise in the type of ``x``.
 
-    On CUDA autocast would give the kernel float32 and take float32 from it, although attention
-    reads half precision: five times the memory traffic for digits that are rounded away.
+    On CUDA autocast would give layer norm float32 and take float32 from it, although attention
+    reads half precision: five times the memory traffic for digits that are rounded away. There the
+    statistics are float32 all the same, and hooks of ``norm`` are not called.
     """
-    if not isinstance(norm, nn.LayerNorm) or x.device.type != "cuda":
+    if type(norm) is not nn.LayerNorm or x.device.type != "cuda":
         out: Tensor = norm(x)
         return out.to(x.dtype)
     return same_type_norm(norm, x)

@@ -1,4 +1,4 @@
-"""What `torch.compile` sees as one call each: the two functions that go over segments.
+"""The two functions that go over segments, as operators: one call each to `torch.compile`.
 
 Lengths differ from batch to batch. Traced, a loop over them would be compiled anew for each batch;
 as operators, with the lengths in a tensor on the host, they are part of one graph for all batches.
@@ -76,7 +76,7 @@ def _attend_equal_backward(
 def pool(scores: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
     """`pool_segments` of scores (T, H) and tokens (T, D), in buckets: (N, H, D)."""
     buckets = make_buckets(lengths.tolist(), x.device)
-    return torch.cat([_weights(b, scores).to(x.dtype) @ b.pad(x) for b in buckets])
+    return torch.cat([_weights(b, scores).to(x.dtype) @ b.pad(x) for b in buckets]).to(x.dtype)
 
 
 @torch.library.custom_op("navit::pool_backward", mutates_args=())
@@ -92,7 +92,7 @@ def pool_backward(
         by_weight = (g @ tokens.transpose(1, 2)).to(weights.dtype)
         mean = (weights * by_weight).sum(-1, keepdim=True)
         grads_s.append(bucket.unpad((weights * (by_weight - mean)).transpose(1, 2)))
-    return torch.cat(grads_s).to(scores.dtype), torch.cat(grads_x)
+    return torch.cat(grads_s).to(scores.dtype), torch.cat(grads_x).to(x.dtype)
 
 
 def _weights(bucket: Bucket, scores: Tensor) -> Tensor:

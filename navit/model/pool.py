@@ -17,8 +17,8 @@ from navit.model.segments import at_least_float32, pool_segments, split_groups
 
 
 def segment_mean(x: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "N D"]:
-    """Average the tokens of each segment, summing in float32 or better."""
-    if is_compiling() or x.device.type == "cuda":  # few calls for many lengths
+    """Average the tokens of each segment, summing in float32 or better; on CUDA in any order."""
+    if is_compiling() or x.device.type == "cuda":  # a call for each length costs more than it does
         sums = x.new_zeros(plan.num_segments, x.shape[1], dtype=at_least_float32(x.dtype))
         sums = sums.index_add(0, plan.segment_index, x.to(sums.dtype))
         return (sums / plan.segment_sizes[:, None]).to(x.dtype)
@@ -96,10 +96,13 @@ class AttentionPool(nn.Module):
         return F.linear(x, query, shift.to(x.dtype))
 
     def _attend(self, x: Tensor, scores: Tensor, plan: AttentionPlan) -> Float[Tensor, "N H D"]:
-        """Average each segment's tokens, by head, with the softmax of its scores."""
+        """Average each segment's tokens, by head, with the softmax of its scores.
+
+        Compiled and on CUDA as an operator, with first derivatives only.
+        """
         if not is_compiling() and not plan.lengths:
             return scores[:, :, None] * x[:, None, :]
-        if is_compiling() or x.device.type == "cuda":  # few calls for many lengths
+        if is_compiling() or x.device.type == "cuda":
             pooled: Tensor = operators.pool(scores, x, plan.host_lengths)
             return pooled
         return pool_segments(scores, x, plan.groups)

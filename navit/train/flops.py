@@ -22,25 +22,25 @@ STEP_OVER_FORWARD = 3
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the floating-point operations per second of a large matrix product.
 
-    The fastest of a few counts. It takes about a tenth of a second, and leaves the random state of
-    the process as it was. The factors are random: a GPU multiplies constants faster than it does
+    The fastest of a few counts, at least three and for a tenth of a second. The random state of the
+    process stays as it was. The factors are random: a GPU multiplies constants faster than it does
     anything that a model has, since they draw less power.
 
     Args:
         device: Where the product runs.
         dtype: Type of its factors: that of the model's products.
     """
-    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 3)
+    size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     left, right = torch.randn(2, size, size, generator=generator, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first warms up
+    seconds: list[float] = []  # the first product warms up, and may be the slowest
+    while len(seconds) < 4 or sum(seconds) < 0.1:
         _wait(device)
         start = perf_counter()
         left @ right
         _wait(device)
-        best = min(best, perf_counter() - start)
-    return 2 * size**3 / best
+        seconds.append(perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def _wait(device: torch.device) -> None:

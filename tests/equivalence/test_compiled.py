@@ -12,7 +12,7 @@ from navit import NaViT, NaViTConfig
 ROOT = Path(__file__).parents[2]
 
 
-ALL = ("paper", "class token", "checkpointing", "patch sizes", "stem", "text")
+ALL = ("paper", "class token", "checkpointing", "patch sizes", "stem", "text", "half precision")
 
 
 def run_cases(backend: str, *names: str, device: str = "cpu") -> dict[str, dict[str, float]]:
@@ -30,10 +30,11 @@ def run_cases(backend: str, *names: str, device: str = "cpu") -> dict[str, dict[
 
 
 def check(found: dict[str, dict[str, float]]) -> None:
-    for case in found.values():
-        assert case["value"] < 2e-6
-        assert case["inference"] < 2e-6
-        assert case["gradient"] < 1e-5
+    for name, case in found.items():
+        half = name == "half precision"
+        assert case["value"] < (0.02 if half else 2e-6)
+        assert case["inference"] < (0.02 if half else 2e-6)
+        assert case["gradient"] < (0.03 if half else 1e-5)
         # One with gradients and one without; torch may add one where a size leaves its range.
         assert case["graphs"] <= 4
         assert case["breaks"] == 0
@@ -51,7 +52,8 @@ def test_code_made_by_inductor_gives_the_eager_numbers_too() -> None:
 
 @pytest.mark.gpu
 def test_code_made_for_a_gpu_gives_the_eager_numbers_too() -> None:
-    check(run_cases("inductor", "paper", "text", device="cuda"))
+    names = ("paper", "checkpointing", "text", "half precision")
+    check(run_cases("inductor", *names, device="cuda"))
 
 
 def test_xformers_is_refused_with_a_reason() -> None:

@@ -11,6 +11,7 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "stem": {"stem": "resnet", "stem_width": 9, "stem_stages": (1,), "pool": "cls"},
     "patch sizes": {"patch_buffer": 6, "pos_embed": "grid", "pos_table_size": 3},
+    "half precision": {"width": 64},  # heads of 32 channels: on a GPU the variable-length kernel
 }
 
 
@@ -56,33 +58,50 @@ def batches(patch_sizes: Sequence[int] = (PATCH,), *, drop: bool = True) -> list
     return made
 
 
-def compare(eager: torch.nn.Module, compiled: torch.nn.Module, inputs: Sequence[Any]) -> Any:
-    """Return the largest difference of vectors and of gradients over the inputs."""
+def compare(
+    eager: torch.nn.Module,
+    compiled: torch.nn.Module,
+    inputs: Sequence[Any],
+    half: torch.device | None = None,
+) -> Any:
+    """Return how far vectors and gradients are from the eager model's, at most, over the inputs.
+
+    The largest difference; with ``half`` the passes run under that device's bfloat16 autocast, and
+    a difference is relative to the norm.
+    """
+    far = _relative if half else _largest
     value = gradient = inference = 0.0
     for given in inputs:
         with torch.inference_mode():
-            again = vectors(compiled, given)
-        found, expected = vectors(compiled, given), vectors(eager, given)
+            again = vectors(compiled, given, half)
+        found, expected = vectors(compiled, given, half), vectors(eager, given, half)
         weights = torch.linspace(-1, 1, expected.numel(), device=expected.device)
         weights = weights.view(expected.shape)
-        pairs = zip(
-            *(
-                torch.autograd.grad((x * weights).sum(), list(m.parameters()))
-                for x, m in ((found, compiled), (expected, eager))
-            ),
-            strict=True,
+        grads = (
+            torch.autograd.grad((x * weights).sum(), list(m.parameters()))
+            for x, m in ((found, compiled), (expected, eager))
         )
-        gradient = max(gradient, *(float((a - b).abs().max()) for a, b in pairs))
+        gradient = max(gradient, far(*grads))
         if len(expected):
-            exact = expected.detach()
-            value = max(value, float((found.detach() - exact).abs().max()))
-            inference = max(inference, float((again - exact).abs().max()))
+            value = max(value, far([found.detach()], [expected.detach()]))
+            inference = max(inference, far([again], [expected.detach()]))
     return {"value": value, "gradient": gradient, "inference": inference}
 
 
-def vectors(model: torch.nn.Module, given: Any) -> Tensor:
+def _largest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def _relative(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Take all tensors as one: a single small one may be rounding alone."""
+    a, b = (torch.cat([x.double().flatten() for x in xs]) for xs in (found, expected))
+    return float((a - b).norm() / b.norm()) if b.norm() else float((a - b).norm())
+
+
+def vectors(model: torch.nn.Module, given: Any, half: torch.device | None = None) -> Tensor:
     """Run a tower."""
-    output = model(given)
+    with torch.autocast(half.type, torch.bfloat16) if half else nullcontext():
+        output = model(given)
     return output if isinstance(output, Tensor) else output.pooled
 
 
@@ -106,8 +125,9 @@ def run_case(name: str, backend: str, device: str) -> dict[str, Any]:
         compiled_tower = copy.deepcopy(model)
         compiled_tower.compile(backend=backend)
         sizes = (PATCH,) if config.patch_buffer is None else (3, PATCH, 7)
-        made = batches(sizes, drop=config.stem is None)
-        found = compare(model, compiled_tower, [batch.to(device) for batch in made])
+        made = [batch.to(device) for batch in batches(sizes, drop=config.stem is None)]
+        half = torch.device(device) if name == "half precision" else None
+        found = compare(model, compiled_tower, made, half)
         assert not copy.deepcopy(compiled_tower).is_compiled
     graphs = counters["stats"]["unique_graphs"]
     return {**found, "graphs": graphs, "breaks": sum(counters["graph_break"].values())}

@@ -213,24 +213,30 @@ def test_xformers_where_it_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) 
     assert resolve_backend("auto", **cuda) == "segments"
 
 
-def test_xformers_without_kernels_for_this_torch_is_as_if_it_were_not_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_trial_of_xformers_without_kernels_says_no() -> None:
     """As beside a torch of another CUDA version: it can be imported, and computes nothing."""
     pytest.importorskip("xformers")
     logging.disable(logging.WARNING)  # it says so itself
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             assert not backends._xformers_computes(CPU, torch.float32, 64)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_xformers_that_computes_nothing_is_as_if_it_were_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: "there")
     monkeypatch.setattr(backends, "_xformers_computes", lambda *needs: False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     cuda = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 64}
     assert resolve_backend("auto", **cuda) == "varlen"
     with pytest.raises(ImportError, match=r"python -m xformers.info"):
         resolve_backend("xformers", **cuda)
+    monkeypatch.setattr(backends, "_xformers_computes", lambda *needs: True)
+    assert resolve_backend("auto", **cuda) == "xformers"
 
 
 @pytest.mark.parametrize(
