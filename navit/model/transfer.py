@@ -1,4 +1,4 @@
-"""From the host's integers to the device."""
+"""What is planned on the host, to the device."""
 
 import numpy as np
 import torch
