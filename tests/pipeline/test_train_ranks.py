@@ -223,6 +223,39 @@ def test_two_ranks_are_one_that_takes_two_batches_a_step_with_one_loss(
     assert positions[0] == positions[1]
 
 
+TRACED = """
+import sys
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+compile = torch.compile
+def backend(graph, inputs, **options):  # as for any backend, without making code: it takes minutes
+    print("a graph was made", file=sys.stderr)
+    return aot_eager(graph, inputs, **options)
+def traced(function, **options):
+    return compile(function, **{**options, "backend": backend})
+torch.compile = traced
+"""
+
+
+@pytest.mark.slow
+def test_compiled_towers_train_on_ranks_as_eager_ones(shards: list[str], tmp_path: Path) -> None:
+    def args(name: str, *more: str) -> list[str]:
+        return train_args(shards, tmp_path / name, "--steps", "6", *more)
+
+    ended = launch(
+        tmp_path,
+        [Launch(args("eager"), 2), Launch(args("compiled", "--compile"), 2, patch=TRACED)],
+        timeout=200,
+    )
+
+    for one in ended:
+        finished(one)
+    eager, compiled = (dict(losses(tmp_path / name)) for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert all("a graph was made" in text for text in ended[1].stderr)
+    assert not any("a graph was made" in text for text in ended[0].stderr)
+
+
 @pytest.mark.slow
 def test_a_folder_is_classified_on_changing_numbers_of_ranks(tmp_path: Path) -> None:
     """Each image once an epoch; a rank that has no batch at the end of one takes part."""
