@@ -109,11 +109,24 @@ def difference_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def setting_rows(runs: Sequence[Run]) -> list[Row]:
-    """Return every setting of every run; a dash where a run does not have it."""
-    flat = [flatten(run.config) for run in runs]
+    """Return every setting of every run; a dash where a run does not have it.
+
+    A setting that did not exist when a run was made has its default, which did not change what the
+    run did.
+    """
+    flat = [flatten(_completed(run.config)) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     ordered = _in_place(list(names))
     return [Row(name, tuple(settings.get(name, NONE) for settings in flat)) for name in ordered]
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    from navit.train.resume import with_defaults  # imports torch, which takes a second
+
+    try:
+        return with_defaults(config) if config else config
+    except (KeyError, TypeError, ValueError):  # of another version, or none of ours
+        return config
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -58,6 +58,16 @@ def test_only_settings_that_differ_are_listed() -> None:
     }
 
 
+def test_a_setting_that_a_run_was_made_before_has_its_default() -> None:
+    new = with_config("new", replace(demo(), seed=1))
+    older = dict(with_config("a", demo()).config)
+    del older["corruption"], older["teacher"]
+    old = replace(new, name="old", config=older)
+    assert [row.title for row in difference_rows([old, new])] == ["seed"]
+    unknown = replace(new, name="unknown", config={**older, "never_there": 3})
+    assert "teacher" in [row.title for row in difference_rows([unknown, new])]
+
+
 def test_a_run_without_a_configuration_differs_in_nothing() -> None:
     runs = [with_config("a", demo()), Run("b", Path("b"))]
     assert difference_rows(runs) == []
