@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.bench_mix import mixed_batch, square_batch
 from benchmarks.bench_towers import (
     PATCH_SIZE,
+    PEERS,
     SEQ_LEN,
     TOWERS,
     fastest,
@@ -129,13 +131,18 @@ def run_programs(quick: bool = False) -> Rows:
     device, name = _device(quick), "tiny" if quick else "b"
     if device is None:
         return []
-    images = mixed_images(6 if quick else 256, seed=0)
+    count = 6 if quick else 256
+    images = mixed_images(count, seed=0)
     tokens = sum(len(image.patches) for image in images)
     config = NaViTConfig.named(name, patch_size=PATCH_SIZE)
     model, forward = packed_tower(config, images, device)
     ours = training_step(model, forward, torch.bfloat16, backward=True)
     mine = _peak_mib(ours, device)
-    rows = []
+    control = paired_ratio(ours, ours, pairs=2 if quick else 4, warmup=2)
+    told = peers.missing(PEERS)
+    print(f"{count} images of 8 to 256 tokens{told and f' ({told})'}")
+    print(f"{name}, ours: {tokens / control.seconds_a:,.0f} tokens/s, {mine:,} MiB", flush=True)
+    rows: Rows = [{"model": name, "against": "ours", "times_their_speed": control}]
     for peer in peers_there():
         side = TOWERS[peer](config, images, device)
         if peer == "vit-pytorch":
@@ -215,6 +222,7 @@ def _loss(count: int, device: torch.device, *, quick: bool) -> Rows:
 
     dense = step(one_matmul)
     whole = _peak_mib(dense, device)
+    print(f"{count:,} pairs, D = 512, float32, forward + backward")
     rows = []
     for side in (32,) if quick else (512, 1024, 2048, 4096, 8192):
         tiled = step(contrastive_loss, chunk_size=side)
