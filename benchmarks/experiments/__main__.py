@@ -64,6 +64,11 @@ class Options:
     """Runs, tables and pictures."""
     data: Path = Path("data/experiments")
     """Scenes that are drawn, and squashed copies."""
+    part: int = 0
+    """With `parts`: which of them this process runs, from 0."""
+    parts: int = 1
+    """Parts the runs are dealt to, for as many processes at once; without parts, the command then
+    finds all runs done and writes the tables."""
     keep_weights: bool = False
     """Keep the last checkpoint of every run, some 40 MB each."""
     quick: bool = False
@@ -72,6 +77,14 @@ class Options:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1; got {self.seeds}.")
+        if not 0 <= self.part < self.parts:
+            raise ValueError(f"part must be of 0 to parts - 1; got {self.part} of {self.parts}.")
+        waiting = [letter for letter in self.only if EXPERIMENTS[letter].starts]
+        if self.parts > 1 and waiting:
+            raise ValueError(
+                f"runs of ({', '.join(waiting)}) start from the weights of others and cannot be "
+                f"dealt to {self.parts} parts. Name the others with --only."
+            )
         if not self.minutes_per_run > 0 or (self.flops is not None and not self.flops > 0):
             raise ValueError(
                 "minutes_per_run and flops must be positive; got "
@@ -94,7 +107,13 @@ class Job:
 
 
 def jobs(options: Options, sets: dict[str, DataSet]) -> Iterator[Job]:
-    """Yield the runs in their order, each once: arms that experiments share are trained once."""
+    """Yield a part's runs in their order, each once: arms that experiments share, too."""
+    for number, job in enumerate(_all_jobs(options, sets)):
+        if number % options.parts == options.part:
+            yield job
+
+
+def _all_jobs(options: Options, sets: dict[str, DataSet]) -> Iterator[Job]:
     seen: set[tuple[str, str, int]] = set()
     for letter in options.only:
         for data in _used(options, sets, letter):
@@ -210,8 +229,11 @@ def _run_all(options: Options, sets: dict[str, DataSet], budget: float) -> None:
             )
             spent.append(monotonic() - start)
         results.append(result)
-        if number == len(planned) or planned[number].seed != job.seed:
+        if options.parts == 1 and (number == len(planned) or planned[number].seed != job.seed):
             write_summary(options, sets, results)
+    if options.parts > 1:
+        print(f"part {options.part} of {options.parts} is done")
+        return
     print((options.folder / "summary.md").read_text())
     print(f"tables and pictures: {options.folder}")
 

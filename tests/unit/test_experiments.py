@@ -220,6 +220,18 @@ def test_arms_shared_by_experiments_are_trained_once() -> None:
     assert [job.seed for job in planned[:6]] == [0, 0, 0, 1, 1, 1]
 
 
+def test_parts_are_all_runs_once_and_only_those_that_wait_for_no_other() -> None:
+    sets: dict[str, Any] = {"demo": DataSet("demo", (), (), Path(), SCALE)}
+    parts = [list(jobs(Options(only=("b", "c"), part=part, parts=3), sets)) for part in range(3)]
+    whole = list(jobs(Options(only=("b", "c")), sets))
+    assert [parts[i % 3][i // 3] for i in range(len(whole))] == whole
+    assert sum(map(len, parts)) == len(whole)
+    with pytest.raises(ValueError, match=r"part must be of 0 to parts - 1; got 3 of 3"):
+        Options(part=3, parts=3)
+    with pytest.raises(ValueError, match=r"\(e\) start from the weights of others"):
+        Options(parts=2)
+
+
 @pytest.fixture
 def two_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave two arms of (a): a run from start to picture takes seconds."""
