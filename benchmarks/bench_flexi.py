@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.bench_towers import mixed_images, training_step, what
 from benchmarks.harness import paired_ratio
 from navit.model import NaViT, NaViTConfig
-from navit.model.flexi_embed import FlexiPatchEmbed
+from navit.model.flexi_embed import FlexiPatchEmbed, PatchGroups
 from navit.model.pi_resize import pi_matrix
 from navit.model.vision import TokenPlan, plan_tokens
 from packer.batch import PackedBatch
@@ -98,7 +98,7 @@ def _embeddings(
 def embed_in_buffer(embed: FlexiPatchEmbed, batch: PackedBatch, plan: TokenPlan) -> Tensor:
     """Map every patch to the buffer's size, then multiply all of them at once."""
     groups = plan.patches
-    assert groups is not None, "the batch is mixed"
+    assert isinstance(groups, PatchGroups), "the batch is mixed"
     patches, side = batch.patches.flatten(0, 1), embed.buffer
     parts = []
     for size, members in zip(groups.sizes, groups.members, strict=True):

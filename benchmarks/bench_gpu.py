@@ -94,7 +94,7 @@ def _backends(name: str, count: int, device: torch.device, rate: float, *, quick
             continue
         torch.manual_seed(0)
         model = NaViT(config).to(device)
-        dense_tower = dense_forward
+        dense_tower: Callable[..., Tensor] = dense_forward
         if compiled:
             model.compile()
             dense_tower = torch.compile(dense_forward, fullgraph=True)

@@ -206,9 +206,15 @@ def _members(path: Path, *, original: bool) -> Iterator[tuple[str, bytes]]:
             if extension not in ("jpg", "jpeg"):
                 continue
             about = members.get(f"{stem}.json")
-            said = json.load(tar.extractfile(about)) if about else {}
+            said = json.loads(_content(tar, about)) if about else {}
             if not original or said.get("bytes", "original") == "original":
-                yield _kind(said.get("set", name)), tar.extractfile(member).read()
+                yield _kind(said.get("set", name)), _content(tar, member)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "images and their descriptions are files"
+    return file.read()
 
 
 def _files(folder: Path) -> Iterator[tuple[str, bytes]]:

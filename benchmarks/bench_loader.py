@@ -134,7 +134,7 @@ def _apart_seconds(stream: Callable[..., PackedStream], workers: int, batches: i
         process.start()
     if not all(end[0].poll(_PATIENCE_SECONDS) for end in ends):
         raise RuntimeError(f"both processes must finish within {_PATIENCE_SECONDS} s; one has not.")
-    seconds = [end[0].recv() for end in ends]
+    seconds: list[float] = [end[0].recv() for end in ends]
     for process in processes:
         process.join()
     return 1 / sum(1 / value for value in seconds)
@@ -236,7 +236,7 @@ def _memory(stream: Callable[..., PackedStream], images_a_pass: int, passes: int
         images += next(iterator).num_images
         if images >= (len(taken) + 1) * images_a_pass:
             pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-            taken.append(np.sum([_megabytes(pid) for pid in pids], axis=0))
+            taken.append(np.sum([_megabytes(pid) for pid in pids if pid is not None], axis=0))
     row: dict[str, Any] = {"measured": f"memory, {WORKERS} workers", "passes": passes}
     row["images_a_pass"] = images_a_pass
     print(f"memory of consumer and {WORKERS} workers, {passes} passes of {images_a_pass} images:")

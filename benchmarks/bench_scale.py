@@ -36,7 +36,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         f"{samples.max():,}, drawn in {drawn:.1f} s; {num_streams} streams, L = {config.seq_len}, "
         f"B = {sequences}, BetaDrop(0.5, 0.8)"
     )
-    common = {"num_streams": num_streams, "sequences_per_batch": sequences}
+    common: dict[str, Any] = {"num_streams": num_streams, "sequences_per_batch": sequences}
     seen = np.zeros(shards.num_samples, np.int64)
     first = PlannedRun(shards, config, num_ranks=RANKS, **common)
     # A rank's share of all tokens, in steps of B sequences, halved.

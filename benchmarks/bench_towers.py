@@ -164,7 +164,7 @@ def training_step(
             loss = forward().float().square().sum()
         if backward:
             model.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
 
     return step
 

@@ -8,12 +8,14 @@ CPU build, the operators it lacks are declared first.
 
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import import_torchvision
 from navit import NaViT, NaViTConfig
 from navit.model.pi_resize import pi_resize
 from navit.pretrained import load_timm_vit, save_flexivit, save_timm_vit
@@ -45,13 +47,9 @@ FLEXI_GRID = 15
 
 
 def import_timm() -> Any:
-    """Import timm, declaring the operators of a torchvision that does not fit torch."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
+    """Import timm, which imports torchvision."""
+    import_torchvision()
+    return import_module("timm")
 
 
 @torch.no_grad()

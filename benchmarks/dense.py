@@ -65,8 +65,8 @@ def dense_forward(
 
 def _blocks(model: NaViT, x: Tensor) -> Tensor:
     for block in model.blocks:
-        x = x + _attention(block.attn, block.norm1(x))  # type: ignore[operator, arg-type, union-attr]
-        x = x + block.mlp(block.norm2(x))  # type: ignore[operator, union-attr]
+        x = x + _attention(block.attn, block.norm1(x))  # type: ignore[operator, arg-type]
+        x = x + block.mlp(block.norm2(x))  # type: ignore[operator]
     return x
 
 

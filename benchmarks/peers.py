@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 # Placement
 
 
-def placer(name: str) -> tuple[Place, Callable[[list[int], int], Any]]:
+def placer(name: str) -> tuple[Callable[[Any, int], list[int]], Callable[[list[int], int], Any]]:
     """Return a peer's packer and what prepares its input, which is not timed.
 
     The second makes of (lengths, L) what the first takes in place of the lengths.
@@ -213,7 +213,7 @@ def import_torchvision() -> object:
     try:
         return import_module("torchvision")
     except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import_module("torchvision")

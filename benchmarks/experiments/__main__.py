@@ -174,7 +174,7 @@ def resolve_budget(options: Options, sets: dict[str, DataSet]) -> float:
 
 def measure_rate(data: DataSet) -> float:
     """Train the fixed square ViT for a few steps; return its operations a second."""
-    squares = data.squashed(SQUARE.side)
+    squares = data.squashed(int(SQUARE.side))
     config = arm_config(SQUARE, data.scale, images=1, steps=CALIBRATION_STEPS, seed=0)
     config = replace(config, shards=squares.train, tokenizer=data.tokenizer(), eval_every=0)
     with TemporaryDirectory() as folder:

@@ -286,7 +286,7 @@ def arm_config(arm: Arm, scale: Scale, *, images: int, steps: int, seed: int) ->
             text=replace(model.text, **shape),
             embed_dim=32,
         )
-    flexible = {"patch_buffer": 32} if len(arm.patch_sizes) > 1 else {}
+    flexible: dict[str, Any] = {"patch_buffer": 32} if len(arm.patch_sizes) > 1 else {}
     vision = replace(model.vision, patch_size=arm.patch_size(scale), **flexible, **arm.vision)
     every = max(steps // EVALUATIONS, 1)
     return TrainConfig(

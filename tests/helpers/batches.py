@@ -1,5 +1,6 @@
 """Packed batches of random images, for tests and benchmarks of the model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,7 @@ class RandomImage:
     @property
     def patch_size(self) -> int:
         """Side of its patches in pixels."""
-        return round((self.patches.shape[1] / 3) ** 0.5)
+        return round(math.sqrt(self.patches.shape[1] / 3))
 
 
 def random_image(

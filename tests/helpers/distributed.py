@@ -31,9 +31,9 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     with TemporaryDirectory() as folder:
         # Files, not a queue: nobody reads a queue before all ranks have ended, and a full one
         # lets none end.
-        multiprocessing.start_processes(
-            _enter, (size, port, function, args, folder), nprocs=size, start_method="forkserver"
-        )
+        start: Any = multiprocessing.start_processes  # type: ignore[attr-defined]
+        arguments = (size, port, function, args, folder)
+        start(_enter, arguments, nprocs=size, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(size)]
 
 

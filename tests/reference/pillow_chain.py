@@ -37,4 +37,5 @@ def patches(data: bytes, patch_size: int, max_tokens: int) -> Array:
     values = (resized(data, patch_size, max_tokens).astype(np.float32) / 255 - 0.5) / 0.5
     rows, cols = values.shape[0] // patch_size, values.shape[1] // patch_size
     cut = values.reshape(rows, patch_size, cols, patch_size, 3).transpose(0, 2, 1, 3, 4)
-    return cut.reshape(rows * cols, -1)
+    found: Array = cut.reshape(rows * cols, -1).astype(np.float32, copy=False)
+    return found

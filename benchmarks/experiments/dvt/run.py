@@ -187,7 +187,7 @@ def _train(
         chosen = order[place * batch : (place + 1) * batch]
         batches = collate([samples[index] for index in chosen.tolist()])
         loss = exits_loss(model(batches), _labels(batches[0].labels))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizers.set_lr(learning_rate_factor(step, config, steps))
         optimizers.step()
         optimizers.zero_grad()

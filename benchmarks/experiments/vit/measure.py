@@ -92,7 +92,7 @@ def histograms(batch: PackedBatch) -> Tensor:
     """Return how often each of the 512 colour classes is the mean of a patch: (N, 512) shares."""
     colours = colour_classes(batch.patches.flatten(0, 1), batch.patch_size**2)
     found = torch.zeros(batch.num_images, COLOURS)
-    parts = colours.cpu().split(list(batch.segment_lengths))
+    parts = colours.cpu().split_with_sizes(list(batch.segment_lengths))
     for part, image in zip(parts, batch.segment_images, strict=True):
         if image >= 0:
             found[image] = torch.bincount(part, minlength=COLOURS) / len(part)
