@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.bench_mix import mixed_batch, square_batch
+from benchmarks.bench_mix import compare, format_row, mixed_batch, pooled, square_batch
 from benchmarks.bench_towers import (
     PATCH_SIZE,
     PEERS,
@@ -101,7 +101,7 @@ def _backends(name: str, count: int, device: torch.device, rate: float, *, quick
         packed, dense = (
             training_step(model, forward, torch.bfloat16, backward=True)
             for forward in (
-                partial(_pooled, model, batch),
+                partial(pooled, model, batch),
                 partial(dense_tower, model, *inputs, equal_plan(inputs[0])),
             )
         )
@@ -178,27 +178,10 @@ def run_mix(quick: bool = False) -> Rows:
         model = NaViT(NaViTConfig.named(name, patch_size=PATCH_SIZE)).to(device)
         if compiled and not quick:
             model.compile()
-        fixed, packed = (
-            training_step(model, partial(_pooled, model, batch), torch.bfloat16, backward=True)
-            for batch in (squares, mix)
-        )
-        timed = paired_ratio(fixed, packed, pairs=2 if quick else 10, warmup=3)
-        share = mix.num_images / squares.num_images
-        row = {
-            "model": name + (", compiled" if compiled else ""),
-            "times_the_images_per_s": timed.ratio * share,
-            "tokens_alone": share * squares.stats.tokens / mix.stats.tokens,
-            "images_per_s": mix.num_images / timed.seconds_b,
-            "fixed_images_per_s": squares.num_images / timed.seconds_a,
-            "seconds_fixed_over_mix": timed,
-        }
-        rows.append(row)
-        print(
-            f"{row['model']}: mix {row['times_the_images_per_s']:.2f} times the images/s (tokens "
-            f"alone {row['tokens_alone']:.2f}): {row['images_per_s']:,.0f} against "
-            f"{row['fixed_images_per_s']:,.0f}; seconds fixed / mix {timed}",
-            flush=True,
-        )
+        called = {"model": name + (", compiled" if compiled else "")}
+        pairs = 2 if quick else 10
+        rows.append(called | compare(model, mix, squares, torch.bfloat16, pairs=pairs, warmup=3))
+        print(f"{called['model']}: mix {format_row(rows[-1])}", flush=True)
     return rows
 
 
@@ -241,11 +224,6 @@ def _loss(count: int, device: torch.device, *, quick: bool) -> Rows:
             flush=True,
         )
     return rows
-
-
-def _pooled(model: NaViT, batch: Any) -> Tensor:
-    pooled: Tensor = model(batch).pooled
-    return pooled
 
 
 def _runs(config: NaViTConfig, device: torch.device) -> bool:

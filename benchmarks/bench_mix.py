@@ -31,8 +31,6 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = NaViT(NaViTConfig.named("s", patch_size=PATCH_SIZE, **shape))
     mix, squares = mixed_batch(2 if quick else 32), square_batch(2 if quick else 32)
-    share = mix.num_images / squares.num_images
-    of_tokens = share * squares.stats.tokens / mix.stats.tokens
     print(
         f"{mix.num_images} images of {mix.stats.tokens / mix.num_images:.1f} kept tokens "
         f"(padding {mix.stats.padding:.2%}) against {squares.num_images} of 256"
@@ -42,33 +40,52 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     try:
         rows = []
         for dtype in (torch.float32, torch.bfloat16):
-            fixed, packed = (
-                training_step(model, partial(_pooled, model, batch), dtype, backward=True)
-                for batch in (squares, mix)
-            )
-            timed = paired_ratio(fixed, packed, pairs=2 if quick else 6)
-            row = {
-                "what": what(dtype, True),
-                "times_the_images_per_s": timed.ratio * share,
-                "tokens_alone": of_tokens,
-                "images_per_s": mix.num_images / timed.seconds_b,
-                "fixed_images_per_s": squares.num_images / timed.seconds_a,
-                "seconds_fixed_over_mix": timed,
-            }
-            rows.append(row)
-            print(
-                f"{row['what']:28} {row['times_the_images_per_s']:.2f} times the images/s (tokens "
-                f"alone {of_tokens:.2f}): {row['images_per_s']:.1f} against "
-                f"{row['fixed_images_per_s']:.1f}; seconds fixed / mix {timed}"
-            )
+            called = {"what": what(dtype, True)}
+            rows.append(called | compare(model, mix, squares, dtype, pairs=2 if quick else 6))
+            print(f"{called['what']:28} {format_row(rows[-1])}", flush=True)
         return rows
     finally:
         torch.set_num_threads(threads)
 
 
-def _pooled(model: NaViT, batch: PackedBatch) -> Tensor:
-    pooled: Tensor = model(batch).pooled
-    return pooled
+def compare(
+    model: NaViT,
+    mix: PackedBatch,
+    squares: PackedBatch,
+    dtype: torch.dtype,
+    *,
+    pairs: int,
+    warmup: int = 1,
+) -> dict[str, Any]:
+    """Time training steps on both batches; return images/s and their ratio."""
+    fixed, packed = (
+        training_step(model, partial(pooled, model, batch), dtype, backward=True)
+        for batch in (squares, mix)
+    )
+    timed = paired_ratio(fixed, packed, pairs=pairs, warmup=warmup)
+    share = mix.num_images / squares.num_images
+    return {
+        "times_the_images_per_s": timed.ratio * share,
+        "tokens_alone": share * squares.stats.tokens / mix.stats.tokens,
+        "images_per_s": mix.num_images / timed.seconds_b,
+        "fixed_images_per_s": squares.num_images / timed.seconds_a,
+        "seconds_fixed_over_mix": timed,
+    }
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """Lay out what `compare` returned."""
+    return (
+        f"{row['times_the_images_per_s']:.2f} times the images/s (tokens alone "
+        f"{row['tokens_alone']:.2f}): {row['images_per_s']:,.1f} against "
+        f"{row['fixed_images_per_s']:,.1f}; seconds fixed / mix {row['seconds_fixed_over_mix']}"
+    )
+
+
+def pooled(model: NaViT, batch: PackedBatch) -> Tensor:
+    """Return a vector an image."""
+    vectors: Tensor = model(batch).pooled
+    return vectors
 
 
 def mixed_batch(sequences: int) -> PackedBatch:
